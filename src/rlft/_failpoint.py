@@ -1,0 +1,134 @@
+"""Named instants at which a test may kill the process or break the disk.
+
+A failpoint does nothing until the environment says otherwise::
+
+    RLFT_FAILPOINT="checkpoint.rename.before:1"                    SIGKILL this process at the first passage
+    RLFT_FAILPOINT="checkpoint.tensors.write.before:3:oserror:ENOSPC"    raise OSError(ENOSPC) at the third passage
+
+Everything that writes to disk goes through helpers that take the name of the instant as their first parameter,
+``point``. :func:`failpoints_in_source` reads those names from the code, so a test can kill the process at each one
+and notice a new write that has none.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["VARIABLE", "failpoint", "failpoints_in_source", "instant"]
+
+VARIABLE = "RLFT_FAILPOINT"
+
+_passages: Counter[str] = Counter()
+
+
+def failpoint(point: str) -> None:
+    """Do nothing, or fail here when the environment names this point and this passage.
+
+    Args:
+        point: dotted name, unique in the code.
+
+    Raises:
+        OSError: with the errno asked for, under ``name:count:oserror:ERRNO``.
+        ValueError: when the variable cannot be read.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        return
+    name, count, error = _parse(wanted)
+    if name != point:
+        return
+    _passages[point] += 1
+    if _passages[point] != count:
+        return
+    if error is not None:
+        raise OSError(error, os.strerror(error))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def instant(point: str) -> Iterator[None]:
+    """Failpoints before and after one call to the system: ``<point>.before`` and ``<point>.after``."""
+    failpoint(f"{point}.before")
+    yield
+    failpoint(f"{point}.after")
+
+
+def _parse(wanted: str) -> tuple[str, int, int | None]:
+    parts = wanted.split(":")
+    name, count, action = parts[0], parts[1] if len(parts) > 1 else "", parts[2:]
+    number = getattr(errno, action[1], None) if len(action) == 2 and action[0] == "oserror" else None
+    if not name or not count.isdigit() or int(count) < 1 or (action and not isinstance(number, int)):
+        raise ValueError(
+            f"{VARIABLE} must be 'name:count' or 'name:count:oserror:ERRNO' with count >= 1, got {wanted!r}; "
+            f"for instance 'checkpoint.rename.before:1' or 'checkpoint.rename.before:1:oserror:ENOSPC'"
+        )
+    return name, int(count), number
+
+
+# -- reading the names from the code ------------------------------------------------------------------------------
+# A carrier is a function whose first parameter is called ``point``. Inside a carrier, ``point`` or f"{point}.more" is
+# handed on to another carrier; anywhere else the name must be a literal.
+
+
+def failpoints_in_source(folder: Path | None = None) -> frozenset[str]:
+    """Every failpoint name that the code under ``folder`` (this package) can pass.
+
+    Raises:
+        ValueError: when a name is computed where only a literal can be enumerated.
+    """
+    folder = Path(__file__).parent if folder is None else folder
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
+    carriers: dict[str, ast.FunctionDef] = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args[:1]] == ["point"]:
+                carriers[node.name] = node
+    carriers.setdefault("failpoint", ast.parse("def failpoint(point): ...").body[0])  # type: ignore[arg-type]
+    inside = {id(call) for function in carriers.values() for call in ast.walk(function)}
+    names: set[str] = set()
+    for path, tree in trees.items():
+        for call in _calls(tree, carriers):
+            if id(call) in inside:
+                continue
+            first = call.args[0] if call.args else None
+            if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
+                raise ValueError(
+                    f"{path.name}:{call.lineno}: the name of a failpoint must be a literal string here, "
+                    f"else it cannot be enumerated; write {_called(call)}('some.name', ...)"
+                )
+            names |= {first.value + rest for rest in _endings(_called(call), carriers, ())}
+    return frozenset(names)
+
+
+def _called(call: ast.Call) -> str:
+    return getattr(call.func, "id", None) or getattr(call.func, "attr", "")
+
+
+def _calls(tree: ast.AST, carriers: dict[str, ast.FunctionDef]) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) in carriers]
+
+
+def _endings(name: str, carriers: dict[str, ast.FunctionDef], above: tuple[str, ...]) -> set[str]:
+    """What a carrier adds to the name it is given, through everything that it calls."""
+    if name == "failpoint":
+        return {""}
+    if name in above:
+        return set()
+    endings: set[str] = set()
+    for call in _calls(carriers[name], carriers):
+        first = call.args[0] if call.args else None
+        if isinstance(first, ast.Name) and first.id == "point":
+            suffix = ""
+        elif isinstance(first, ast.JoinedStr) and len(first.values) == 2 and isinstance(first.values[1], ast.Constant):
+            suffix = str(first.values[1].value)
+        else:
+            raise ValueError(f"{name}() must hand on point or f'{{point}}.more', not {ast.unparse(call)}")
+        endings |= {suffix + rest for rest in _endings(_called(call), carriers, (*above, name))}
+    return endings

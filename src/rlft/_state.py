@@ -1,0 +1,167 @@
+"""What a run is made of, and how it is saved and continued bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rlft import checkpoint, display
+from rlft._redact import redact
+from rlft.config import ConfigError
+from rlft.metrics import MetricsLog, MetricSums
+from rlft.runlock import RunLock
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["Light", "light", "locked", "open_log", "resume", "save", "save_boundary"]
+
+
+@dataclass(frozen=True)
+class Light:
+    """Everything that moves within a step, as it was at a step's boundary; weights move at its end alone."""
+
+    step: int
+    counters: dict[str, Any]
+    source: tuple[dict[str, Tensor], dict[str, Any]]
+    rng: tuple[dict[str, Tensor], dict[str, Any]]
+    replay: tuple[dict[str, Tensor], dict[str, Any]] | None
+    metrics: MetricSums
+
+
+def light(trainer: Trainer) -> Light:
+    """The cheap part of the state, taken before each step so that an interrupted one loses nothing."""
+    return Light(
+        trainer.step,
+        {"tokens_seen": trainer.tokens_seen, "unscored_steps": trainer.unscored_steps},
+        copy.copy(trainer.source.state()),
+        checkpoint.rng_state(),
+        trainer.replay.state_dict() if trainer.replay is not None else None,
+        copy.deepcopy(trainer.metrics),
+    )
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a checkpoint of the present step; every process takes part."""
+    trainer._boundary = light(trainer)
+    return save_boundary(trainer)
+
+
+def save_boundary(trainer: Trainer) -> Path:
+    """Write a checkpoint of the last boundary: the weights have not moved since, whatever was begun after it."""
+    state = trainer._boundary
+    assert state is not None
+    trainables = trainer.policy.trainable_state()
+    moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, _optimizer_names(trainer))
+    tensors: dict[str, dict[str, Tensor]] = {"rng": state.rng[0], "source": state.source[0]}
+    records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
+    if state.replay is not None:
+        tensors["replay"], records["replay"] = state.replay
+    if trainer.is_main:
+        tensors |= {"trainable": trainables, "optimizer": moments, "reference": trainer.policy.reference_state()}
+        records |= {
+            "optimizer": groups,
+            "trainer": {"step": state.step, **state.counters},
+            "config": redact(trainer.config.to_dict()),
+        }
+    written = checkpoint.save(
+        trainer.run_dir,
+        state.step,
+        tensors={stem: values for stem, values in tensors.items() if values},
+        records=records,
+        config_hash=trainer.config.digest(),
+        keep=trainer.config.save_total_limit,
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        barrier=trainer.accelerator.wait_for_everyone,
+        extra_writer=(lambda folder: trainer.save_model(folder / "model")) if trainer.is_main else None,
+    )
+    trainer._call("save", {"path": str(written)})
+    return written
+
+
+def resume(trainer: Trainer, given: str | bool | None) -> bool:
+    """Load the newest sound checkpoint of the run, or the one that was asked for. Returns whether one was loaded."""
+    wish = trainer.config.resume if given is None else {True: "auto", False: "never"}.get(given, given)  # type: ignore[call-overload]
+    if wish == "never":
+        return False
+    if wish == "auto":
+        found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
+        if found is None:
+            return False
+    else:
+        found = checkpoint.load(wish, rank=trainer.rank)
+    _check_same_run(trainer, found)
+    if found.manifest.world_size != trainer.world_size:
+        display.warn(
+            trainer,
+            f"the checkpoint was written by {found.manifest.world_size} processes and {trainer.world_size} resume it: "
+            f"the run goes on, but not bit for bit",
+        )
+    record = found.records["trainer"]
+    trainer.policy.load_trainable_state(found.tensors["trainable"])
+    trainer.policy.load_reference_state(found.tensors.get("reference", {}))
+    checkpoint.optimizer_from_tensors(
+        trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
+    )
+    trainer.source.load(found.tensors.get("source", {}) if "source" in found.own else {}, found.records["source"])
+    if trainer.replay is not None:
+        trainer.replay.load_state_dict(found.tensors.get("replay", {}), found.records["replay"])
+    trainer.metrics = MetricSums.from_state(found.records["metrics"])
+    trainer.step = record["step"]
+    trainer.tokens_seen, trainer.unscored_steps = record["tokens_seen"], record["unscored_steps"]
+    if "rng" in found.own:  # last: building anything above may draw random numbers
+        checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
+    return True
+
+
+def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+    if found.manifest.config_hash == trainer.config.digest():
+        return
+    # compared as JSON: a tuple in memory is a list in the file
+    then = json.loads(json.dumps(found.records.get("config", {})))
+    now = json.loads(json.dumps(redact(trainer.config.to_dict())))
+    deciding = trainer.config.identity()
+    changes = [f"  {k}: {then.get(k)!r} -> {now[k]!r}" for k in deciding if then.get(k) != now[k]]
+    raise ConfigError(
+        f"{trainer.run_dir} holds a run with other settings; continuing it would mix two runs:\n"
+        + "\n".join(changes)
+        + "\nuse the settings it was started with, or another output_dir (resume=never does not overwrite it either)"
+    )
+
+
+def _optimizer_names(trainer: Trainer) -> list[str]:
+    """Parameter names in the optimizer's order."""
+    by_id = {id(p): name for name, p in trainer.policy.named_parameters()}
+    return [by_id[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]
+
+
+@contextlib.contextmanager
+def locked(trainer: Trainer) -> Iterator[None]:
+    """Hold the run's folder: two runs cannot share one."""
+    if not trainer.is_main:
+        trainer.accelerator.wait_for_everyone()
+        yield
+        return
+    with RunLock(trainer.run_dir, config_hash=trainer.config.digest(), resume=trainer.config.resume != "never"):
+        checkpoint.remove_stale(trainer.run_dir)
+        trainer.accelerator.wait_for_everyone()
+        yield
+
+
+def open_log(trainer: Trainer) -> MetricsLog:
+    """The run's metrics.jsonl, cut back to the step that was resumed; trackers are started."""
+    log = MetricsLog(trainer.run_dir / "metrics.jsonl", enabled=trainer.is_main)
+    log.truncate_to(trainer.step)
+    if trainer.is_main:
+        (trainer.run_dir / "config.json").write_text(json.dumps(redact(trainer.config.to_dict()), indent=2) + "\n")
+    plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
+    trainer.accelerator.init_trackers("rlft", config=plain)
+    return log

@@ -1,0 +1,188 @@
+"""One loss function with its hyper-parameters, and the tensors behind its parameter names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft import reduce
+from rlft.types import Batch, LossOutput
+
+__all__ = ["FORWARD", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
+
+LossFunction = Callable[..., LossOutput | Tensor]
+
+#: What the policy's forward pass can give, and what asks for it.
+FORWARD = {"logps", "ref_logps", "token_kl", "entropy", "values"}
+REFERENCE = {"ref_logps", "token_kl"}
+PAIR = {
+    "chosen_logps": "logps",
+    "rejected_logps": "logps",
+    "ref_chosen_logps": "ref_logps",
+    "ref_rejected_logps": "ref_logps",
+    "chosen_rewards": "scores",
+    "rejected_rewards": "scores",
+    "chosen_lengths": "mask",
+    "rejected_lengths": "mask",
+    "margins": "margin",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss function with its hyper-parameters, weight and averaging.
+
+    Attributes:
+        function: a loss of :mod:`rlft.losses` or one of the same form.
+        tensors: the names of its positional parameters, in order.
+        hyper: its keyword arguments.
+        weight: factor in the weighted sum.
+        reduction: the averaging; ``"mean"`` for a loss per pair or sequence.
+        length: the constant of ``fixed_length``.
+        rename: parameter name -> quantity it is bound to, where they differ (``values`` of DRO is V(x)).
+    """
+
+    function: LossFunction
+    tensors: tuple[str, ...]
+    hyper: Mapping[str, Any]
+    weight: float = 1.0
+    reduction: str = "mean"
+    length: int | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The quantity behind each positional parameter."""
+        return tuple(self.rename.get(name, name) for name in self.tensors)
+
+    @property
+    def per_pair(self) -> bool:
+        return any(name in PAIR for name in self.sources)
+
+    @property
+    def quantities(self) -> frozenset[str]:
+        """What must exist for this term; at beta = 0 the reference has no part in it, and no pass is spent on it."""
+        names = {PAIR.get(name, name) for name in self.sources}
+        return frozenset(names - REFERENCE if self.hyper.get("beta") == 0 else names)
+
+    @property
+    def min_group(self) -> int:
+        return int(getattr(self.function, "min_group", 2 if "group_ids" in self.tensors else 1))
+
+    def entries(self, mask: Tensor) -> Tensor:
+        """Which entries of this loss count, from the batch's mask: tokens, sequences or pairs."""
+        if self.reduction != "mean":
+            return mask
+        alive = mask.any(-1)
+        return alive[0::2] & alive[1::2] if self.per_pair else alive
+
+
+def split_signature(function: LossFunction) -> tuple[tuple[str, ...], dict[str, inspect.Parameter]]:
+    name = getattr(function, "__name__", repr(function))
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no readable signature; wrap it in a def with named tensors") from error
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ValueError(
+            f"{name} takes *args or **kwargs; name its tensors as positional parameters (logps, mask, ...) "
+            f"and its hyper-parameters after a *, so that rlft knows what it needs"
+        )
+    tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+    if not tensors:
+        raise ValueError(f"{name} takes no tensors; its positional parameters name what it needs, e.g. (logps, mask)")
+    return tensors, {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str) -> Tensor:
+    """The tensor behind a parameter name."""
+    if name in PAIR:
+        source = PAIR[name]
+        if source == "mask":
+            per_row = batch.mask.sum(-1)
+        elif source in ("scores", "margin"):
+            per_row = outputs["scores"] if source == "scores" else bind("extras.margin", outputs, batch, objective)
+        else:
+            per_row = reduce.sequence_sum(bind(source, outputs, batch, objective), batch.mask)
+        if per_row.shape[0] % 2 or not torch.equal(batch.group_ids[0::2], batch.group_ids[1::2]):
+            raise ValueError(
+                f"objective {objective!r} needs pairs: rows in twos, chosen first; got {batch.num_rows} rows"
+            )
+        return per_row[1::2] if "rejected" in name else per_row[0::2]
+    stored = {"old_values": "values"}.get(name, name)
+    if name != "values" and getattr(batch, stored, None) is not None and stored not in ("extras",):
+        return getattr(batch, stored)
+    if name in outputs:
+        return outputs[name]
+    derived: dict[str, Callable[[], Tensor]] = {
+        "old_logps": lambda: outputs["logps"].detach(),
+        "old_values": lambda: outputs["values"].detach(),
+        "start_values": lambda: outputs["values"][:, 0],
+    }
+    if name in derived:
+        return derived[name]()
+    key = name.removeprefix("extras.")
+    if key in batch.extras:
+        return batch.extras[key]
+    present = sorted(
+        {*outputs, *batch.extras, *(k for k in ("rewards", "labels", "advantages") if getattr(batch, k) is not None)}
+    )
+    raise ValueError(
+        f"objective {objective!r} needs {key!r}, and neither the model nor the data gives it (there are: "
+        f"{', '.join(present)}); add a dataset column of that name, or use another objective"
+    )
+
+
+def probe(term: Term, name: str) -> str:
+    """Learn a user's averaging by calling the loss once on four rows of three tokens."""
+    logps = torch.full((4, 3), -1.0, requires_grad=True)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    batch = Batch(
+        prompt_ids=torch.zeros(2, 1, dtype=torch.long),
+        prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+        completion_ids=torch.zeros(4, 3, dtype=torch.long),
+        completion_mask=mask,
+        mask=mask,
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        rewards=torch.tensor([1.0, 0.0, 0.5, 0.25]),
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        old_logps=logps.detach().clone(),
+        ref_logps=logps.detach() - 0.1,
+        values=torch.zeros(4, 3),
+        returns=torch.zeros(4, 3),
+        labels=torch.tensor([True, False, True, False]),
+    )
+    outputs = {
+        "logps": logps,
+        "token_kl": logps * 0 + 0.1,
+        "entropy": logps * 0 + 1,
+        "values": logps * 0,
+        "scores": logps.sum(-1),
+    }
+    own = {n for n in term.sources if n not in {*PAIR, *outputs, "start_values", "old_values", "mask", "group_ids"}}
+    unknown = {n: torch.zeros(4) for n in own if getattr(batch, n, None) is None}
+    batch = batch.replace(extras={**unknown, "margin": torch.zeros(4), "kl_baseline": torch.zeros(4)})
+    with torch.enable_grad():
+        try:
+            output = term.function(*(bind(n, outputs, batch, name) for n in term.sources), **term.hyper)
+        except Exception as error:
+            raise ValueError(f"objective {name!r} failed on a tiny example of 4 rows and 3 tokens: {error}") from error
+    loss = output.loss if isinstance(output, LossOutput) else output
+    if isinstance(output, LossOutput):
+        return output.reduction
+    if not isinstance(loss, Tensor) or loss.ndim not in (1, 2):
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"objective {name!r} must return an unreduced loss ([P], [B] or [B, T]) or a LossOutput, got {shape}: "
+            f"the trainer averages over the whole step, so do not call .mean() inside"
+        )
+    return "mean" if loss.ndim == 1 else "token_mean"

@@ -1,0 +1,448 @@
+"""One flat configuration: YAML or keyword arguments in, checked values out.
+
+Names are those of TRL and transformers where they have one, so that a script moves over by changing an import. Keys are
+strict: an unknown one is refused with the closest known one, a wrong type with the type expected, and a setting that
+would do nothing is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from rlft import _check
+
+__all__ = ["Config", "ConfigError", "load_config", "parse_overrides"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: names the field, the value and the remedy."""
+
+
+def _doc(text: str, default: Any = dataclasses.MISSING, *, group: str, free: bool = False, **kwargs: Any) -> Any:
+    """A field with its documentation; ``free`` marks settings that a resumed run may change."""
+    if isinstance(default, (list, dict)):
+        return field(
+            default_factory=lambda: type(default)(default), metadata={"doc": text, "group": group, "free": free}
+        )
+    return field(default=default, metadata={"doc": text, "group": group, "free": free}, **kwargs)
+
+
+@dataclass
+class Config:
+    """Everything a run needs. See ``rlft train --help`` or the documentation for the table of fields."""
+
+    # -- what is optimised
+    objective: str = _doc(
+        "Name of an objective (`rlft objectives`), or `module:function` of your own.", "", group="objective"
+    )
+    beta: float | None = _doc(
+        "Strength of the pull to the reference; the objective's default where None.", None, group="objective"
+    )
+    epsilon: float | None = _doc("Clip range below 1 (`clip_eps`).", None, group="objective")
+    epsilon_high: float | None = _doc(
+        "Clip range above 1 (`clip_eps_high`); equal to epsilon where None.", None, group="objective"
+    )
+    objective_args: dict[str, Any] = _doc("Further hyper-parameters and axes of the objective.", {}, group="objective")
+
+    # -- models
+    model: str | dict[str, Any] | None = _doc(
+        "Policy: hub id, local folder, or a config to start from scratch.", None, group="model"
+    )
+    tokenizer: str | dict[str, Any] | None = _doc("Tokenizer, where it is not beside the model; a mapping trains a small one (`kind`, `vocab_size`).", None, group="model")
+    model_revision: str | None = _doc("Git revision of a hub model.", None, group="model")
+    trust_remote_code: bool = _doc("Run code from the policy's repository. Off by default.", False, group="model")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = _doc(
+        "Type of frozen weights; trainable ones are float32.", "float32", group="model"
+    )
+    attn_implementation: str | None = _doc(
+        "Attention of transformers: sdpa, flash_attention_2, ...", None, group="model"
+    )
+    load_in_4bit: bool = _doc("Quantise the frozen policy to 4 bits (extra `quant`).", False, group="model")
+    load_in_8bit: bool = _doc("Quantise the frozen policy to 8 bits (extra `quant`).", False, group="model")
+    gradient_checkpointing: bool = _doc("Recompute activations in the backward pass.", False, group="model")
+    use_peft: bool = _doc("Train LoRA adapters instead of all weights.", False, group="model")
+    lora_r: int = _doc("Rank of the adapters.", 16, group="model")
+    lora_alpha: float = _doc("Scale of the adapters (alpha / r).", 32.0, group="model")
+    lora_dropout: float = _doc("Dropout inside the adapters.", 0.0, group="model")
+    lora_target_modules: str | list[str] = _doc("`all-linear`, or names of modules.", "all-linear", group="model")
+    ref_model: str | None = _doc("Reference model; None: the policy as it was passed.", None, group="model")
+    critic: Literal["shared"] | str | None = _doc(
+        "`shared`: value head on the policy; else a model of its own.", None, group="model"
+    )
+
+    # -- data
+    train_data: str | list[str] | None = _doc("JSONL, JSON, CSV, parquet, a folder, or a hub name.", None, group="data")
+    eval_data: str | list[str] | None = _doc("The same, held out.", None, group="data")
+    columns: dict[str, str] = _doc("Renames: expected column -> column in the file.", {}, group="data")
+    data_format: str = _doc(
+        "prompt, prompt_completion, preference, unpaired, ranked, text; `auto` reads the columns.", "auto", group="data"
+    )
+    max_prompt_length: int | None = _doc("Tokens of prompt that are kept (its end).", 512, group="data")
+    max_completion_length: int = _doc("Tokens of answer that are kept, or generated.", 256, group="data")
+    max_bad_fraction: float = _doc("Share of unusable rows above which the run is refused.", 0.01, group="data")
+    pair_rewards: list[float] | None = _doc(
+        "Rewards of (chosen, rejected), to train a reward objective on pairs.", None, group="data"
+    )
+    eval_fraction: float | None = _doc("Hold out this share of train_data for evaluation.", None, group="data")
+
+    # -- sampling
+    num_generations: int = _doc("Answers sampled per prompt.", 8, group="sampling")
+    temperature: float = _doc("Divides the logits when sampling and when scoring.", 1.0, group="sampling")
+    top_p: float = _doc("Nucleus; below 1 the sampler differs from the policy.", 1.0, group="sampling")
+    top_k: int = _doc("Keep the k likeliest tokens; 0: all.", 0, group="sampling")
+    min_p: float = _doc("Keep tokens above this share of the likeliest.", 0.0, group="sampling")
+    repetition_penalty: float = _doc("Above 1 discourages repeats.", 1.0, group="sampling")
+    stop_token_ids: list[int] = _doc("Further tokens that end an answer.", [], group="sampling")
+    sampler: Literal["auto", "builtin", "transformers", "vllm"] = _doc("Generation back end.", "auto", group="sampling")
+    steps_per_generation: int | None = _doc(
+        "Micro-steps fed by one generation; default gradient_accumulation_steps.", None, group="sampling"
+    )
+    num_iterations: int = _doc("Times each generation is trained on.", 1, group="sampling")
+    replay_probability: float = _doc(
+        "Replace a fresh answer by one from the buffer of the same prompt.", 0.0, group="sampling"
+    )
+    replay_capacity: int = _doc("Answers kept per prompt.", 16, group="sampling")
+    mask_truncated_completions: bool = _doc("Leave answers without an end out of the loss.", False, group="sampling")
+
+    # -- rewards
+    rewards: list[str] = _doc("Built-in names, `module:function`, or folders of reward models.", [], group="rewards")
+    reward_weights: list[float] | None = _doc("One per reward; default 1.", None, group="rewards")
+    reward_timeout: float | None = _doc(
+        "Seconds after which a hanging reward function stops the run.", 600.0, group="rewards"
+    )
+    max_unscored_steps: int = _doc(
+        "Steps in a row without a scored answer after which the run stops.", 5, group="rewards", free=True
+    )
+
+    # -- steps
+    per_device_train_batch_size: int = _doc("Examples (online: completions) per micro-batch.", 8, group="steps")
+    per_device_eval_batch_size: int = _doc("The same in evaluation.", 8, group="steps", free=True)
+    gradient_accumulation_steps: int = _doc("Micro-batches per optimizer step.", 1, group="steps")
+    max_steps: int | None = _doc("Optimizer steps; overrides epochs.", None, group="steps")
+    num_train_epochs: float = _doc("Passes over the data.", 1.0, group="steps")
+    learning_rate: float = _doc(
+        "Peak learning rate. LoRA wants about ten times that of all weights.", 1e-5, group="steps"
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _doc(
+        "Shape after the warm-up.", "constant", group="steps"
+    )
+    warmup_steps: int = _doc("Linear warm-up.", 0, group="steps")
+    weight_decay: float = _doc("Decoupled weight decay on matrices.", 0.0, group="steps")
+    adam_beta1: float = _doc("AdamW.", 0.9, group="steps")
+    adam_beta2: float = _doc("AdamW.", 0.99, group="steps")
+    adam_epsilon: float = _doc("AdamW.", 1e-8, group="steps")
+    max_grad_norm: float | None = _doc("Clip the gradient's norm; None: only measure it.", 1.0, group="steps")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _doc("Autocast of the forward pass.", "no", group="steps")
+    seed: int = _doc("Decides initialisation, order and samples.", 0, group="steps")
+
+    # -- watching and saving
+    output_dir: str = _doc("Folder of the run.", "runs/run", group="output", free=True)
+    logging_steps: int = _doc("Steps between lines of metrics.jsonl.", 1, group="output", free=True)
+    eval_steps: int | None = _doc("Steps between evaluations; None: at the end only.", None, group="output")
+    eval_on_start: bool = _doc("Evaluate before the first step.", False, group="output")
+    eval_rows: int | None = _doc("Evaluate on the first rows only.", None, group="output")
+    save_steps: int | None = _doc("Steps between checkpoints; None: at the end only.", None, group="output", free=True)
+    save_total_limit: int | None = _doc("Checkpoints kept.", 2, group="output", free=True)
+    resume: Literal["auto", "never"] | str = _doc(
+        "`auto`: continue the run in output_dir; `never`; or a checkpoint.", "auto", group="output", free=True
+    )
+    report_to: list[str] = _doc("Trackers of accelerate.", ["tensorboard"], group="output", free=True)
+    run_name: str | None = _doc("Shown in trackers and reports.", None, group="output", free=True)
+    log_completions: int = _doc("Answers printed at each evaluation.", 0, group="output", free=True)
+    self_checks: bool = _doc("Checks before the first step and after it.", True, group="output", free=True)
+    disable_tqdm: bool = _doc("No progress bar.", False, group="output", free=True)
+    report: bool = _doc("Write report.html at the end (extra `report`).", False, group="output", free=True)
+
+    # -- checks -----------------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: naming the field, its value and what to set.
+        """
+        positive = [
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_iterations",
+            "num_generations", "max_completion_length", "logging_steps", "lora_r", "replay_capacity", "max_unscored_steps",
+        ]  # fmt: skip
+        for name in positive:
+            self._at_least(name, 1)
+        for name in (
+            "max_steps",
+            "max_prompt_length",
+            "steps_per_generation",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "eval_rows",
+        ):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        for name in ("warmup_steps", "top_k", "seed", "log_completions"):
+            self._at_least(name, 0)
+        for name in (
+            "learning_rate",
+            "num_train_epochs",
+            "lora_alpha",
+            "repetition_penalty",
+            "temperature",
+            "adam_epsilon",
+        ):
+            self._number(name, 0.0, math.inf, open_low=True)
+        self._number("weight_decay", 0.0, math.inf)
+        self._number("top_p", 0.0, 1.0, open_low=True)
+        for name in ("min_p", "lora_dropout", "replay_probability", "max_bad_fraction", "adam_beta1", "adam_beta2"):
+            self._number(name, 0.0, 1.0)
+        for name in ("beta", "epsilon", "epsilon_high", "max_grad_norm", "reward_timeout", "eval_fraction"):
+            if getattr(self, name) is not None:
+                self._number(name, 0.0, math.inf, open_low=name not in ("beta",))
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower warmup_steps"
+            )
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ConfigError(
+                f"eval_fraction={self.eval_fraction} must lie between 0 and 1; e.g. 0.1 holds out a tenth"
+            )
+        if self.epsilon is not None and self.epsilon_high is not None and self.epsilon > self.epsilon_high:
+            raise ConfigError(
+                f"epsilon={self.epsilon} is above epsilon_high={self.epsilon_high}; swap or raise epsilon_high"
+            )
+        if self.eval_data is not None and self.eval_fraction is not None:
+            raise ConfigError("eval_data and eval_fraction both name an evaluation set; keep one")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit exclude each other; keep one")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ConfigError("a quantised model cannot be trained itself; set use_peft: true to train adapters on it")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ConfigError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards; give one each"
+            )
+        if self.pair_rewards is not None and (
+            len(self.pair_rewards) != 2 or self.pair_rewards[0] <= self.pair_rewards[1]
+        ):
+            raise ConfigError(
+                f"pair_rewards={self.pair_rewards} must be [chosen, rejected] with chosen above rejected, e.g. [0.5, -0.5]"
+            )
+        if self.steps_per_generation is not None and self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"steps_per_generation={self.steps_per_generation} must be a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: a generation feeds whole optimizer steps"
+            )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """A setting that would do nothing is refused."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+        idle = {
+            "use_peft": ["lora_r", "lora_alpha", "lora_dropout"],
+        }
+        for switch, names in idle.items():
+            for name in names:
+                if not getattr(self, switch) and getattr(self, name) != defaults[name]:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} does nothing while {switch} is off; set {switch}: true or drop {name}"
+                    )
+        if not self.use_peft and self.lora_target_modules != "all-linear":
+            raise ConfigError("lora_target_modules does nothing while use_peft is off; set use_peft: true or drop it")
+        if self.replay_probability == 0 and self.replay_capacity != defaults["replay_capacity"]:
+            raise ConfigError(
+                "replay_capacity does nothing while replay_probability is 0; set replay_probability or drop it"
+            )
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value < low:
+            raise ConfigError(f"{name}={value} must be at least {low}; change {name}")
+
+    def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        try:
+            _check.number(name, getattr(self, name), low=low, high=high, open_low=open_low)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    # -- views --------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-able."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a run computes: a resumed run must agree on them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("free")}
+
+    def digest(self) -> str:
+        """A hash of :meth:`identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def objective_hyper(self) -> dict[str, Any]:
+        """Hyper-parameters under the names of the loss functions."""
+        aliases = {"beta": self.beta, "clip_eps": self.epsilon, "clip_eps_high": self.epsilon_high}
+        hyper = {name: value for name, value in aliases.items() if value is not None}
+        both = set(hyper) & set(self.objective_args)
+        if both:
+            raise ConfigError(f"{', '.join(sorted(both))} given twice, as a field and in objective_args; keep one")
+        return {**hyper, **self.objective_args}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Build from a mapping; unknown keys are refused with the closest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r}{_check.suggestion(str(key), known)}")
+        return cls(**values)
+
+    @classmethod
+    def groups(cls) -> dict[str, list[dataclasses.Field[Any]]]:
+        """Fields by topic, for help and documentation."""
+        table: dict[str, list[dataclasses.Field[Any]]] = {}
+        for f in dataclasses.fields(cls):
+            table.setdefault(f.metadata["group"], []).append(f)
+        return table
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """``value`` if it has the declared type (an int passes as a float), else an error that names the type."""
+    if _fits(value, hint):
+        return float(value) if _wants_float(hint) and isinstance(value, int) and not isinstance(value, bool) else value
+    remedy = ""
+    if isinstance(value, str):
+        try:
+            remedy = f"; write it as the number {float(value):g}, e.g. 1.0e-5 in YAML (1e-5 is a string there)"
+        except ValueError:
+            remedy = ""
+    choices = [a for a in _literals(hint)]
+    expected = " or ".join(map(repr, choices)) if choices and isinstance(value, str) else _type_name(hint)
+    hint_word = _check.suggestion(value, [str(c) for c in choices]) if choices and isinstance(value, str) else ""
+    raise ConfigError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}{remedy}{hint_word}")
+
+
+def _literals(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType) and str not in get_args(hint):
+        return [a for part in get_args(hint) for a in _literals(part)]
+    return []
+
+
+def _wants_float(hint: Any) -> bool:
+    return hint is float or (get_origin(hint) in (Union, types.UnionType) and float in get_args(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _type_name(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(
+        hint, str(hint).replace("typing.", "")
+    )
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, check.
+
+    Args:
+        path: a YAML file (safe subset: no aliases, no duplicate keys), or None for overrides alone.
+        overrides: ``key=value``; ``objective_args.beta=0.1`` reaches into mappings; values are YAML.
+
+    Raises:
+        ConfigError: for a broken file, an unknown key or a value that cannot work.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+        values = _yaml(text, str(path)) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    for key, value in parse_overrides(overrides).items():
+        head, _, tail = key.partition(".")
+        if tail:
+            inner = values.setdefault(head, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: {head} is not a mapping, so {tail!r} cannot be set inside it")
+            inner[tail] = value
+        else:
+            values[head] = value
+    return Config.from_dict(values)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["beta=0.1", "rewards=[math]"]`` -> ``{"beta": 0.1, "rewards": ["math"]}``."""
+    parsed: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{text!r} is not key=value; e.g. beta=0.1")
+        parsed[key.strip().lstrip("-")] = _yaml(value, text)
+    return parsed
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """SafeLoader that refuses duplicate keys and aliases."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ConfigError(f"{where}: YAML aliases are not supported; write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                try:
+                    repeated = key in seen
+                except TypeError:
+                    raise ConfigError(f"{where}: a key must be text, got {key!r}") from None
+                if repeated:
+                    raise ConfigError(
+                        f"{where}: key {key!r} appears twice (line {key_node.start_mark.line + 1}); keep one"
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return Strict(text).get_single_data()
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None

@@ -1,0 +1,124 @@
+"""What every loss shares: the marks a trainer reads, and checking, detaching and masking at the door.
+
+Metrics are detached and unreduced. An entry that does not apply (the reward of a "chosen" answer in a row that was
+not chosen) is NaN, to be skipped when averaging; a masked entry is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec
+
+from torch import Tensor
+
+from rlft import _check
+from rlft.advantages import Groups
+from rlft.reduce import Reduction
+from rlft.types import LossOutput
+
+P = ParamSpec("P")
+
+
+def loss_function(
+    *, reduction: Reduction, min_group: int = 1, on_policy_only: bool = False
+) -> Callable[[Callable[P, LossOutput]], Callable[P, LossOutput]]:
+    """Mark a loss with what a trainer must know before the forward pass; the function itself is unchanged.
+
+    Args:
+        reduction: the paper's averaging, equal to that of the LossOutput.
+        min_group: how many rows of one prompt the loss needs.
+        on_policy_only: True = biased on tokens that the current policy did not sample.
+
+    Returns:
+        a decorator that sets ``fn.reduction``, ``fn.min_group`` and ``fn.on_policy_only``.
+    """
+
+    def mark(fn: Callable[P, LossOutput]) -> Callable[P, LossOutput]:
+        vars(fn).update(reduction=reduction, min_group=min_group, on_policy_only=on_policy_only)
+        return fn
+
+    return mark
+
+
+def token_logps(mask: Tensor, **logps: Tensor) -> tuple[Tensor, ...]:
+    """Check ``[B, T]`` log-probs; the first is the policy's and keeps its gradient. All zero where masked."""
+    (first_name, first), *others = logps.items()
+    _check.matrix(**logps)
+    _check.bool_mask(mask, first, like_name=first_name)
+    _check.log_probs(mask, **logps)
+    kept = (_check.upcast(first), *_check.detach(*(tensor for _, tensor in others)))
+    return tuple(tensor.where(mask, 0.0) for tensor in kept)
+
+
+def token_values(mask: Tensor, *, learned: int = 0, like: Tensor | None = None, **values: Tensor) -> tuple[Tensor, ...]:
+    """Check ``[B, T]`` numbers that are no log-probs; the first ``learned`` keep their gradient. Zero where masked."""
+    _check.matrix(**values)
+    (first_name, first), *_ = values.items()
+    _check.bool_mask(mask, first, like_name=first_name)
+    if like is not None:
+        _check.same_shape(logps=like, **values)
+    _check.finite(mask, **values)
+    kept = [_check.upcast(x if i < learned else x.detach()) for i, x in enumerate(values.values())]
+    return tuple(tensor.where(mask, 0.0) for tensor in kept)
+
+
+def pair_logps(*, learned: int = 2, **logps: Tensor) -> tuple[Tensor, ...]:
+    """Check ``[P]`` sums of log-probs; the first ``learned`` are the policy's and keep their gradient."""
+    _check.vector(**logps)
+    _check.log_probs(**logps)
+    return tuple(_check.upcast(x if i < learned else x.detach()) for i, x in enumerate(logps.values()))
+
+
+def lengths(like: Tensor, **counts: Tensor) -> tuple[Tensor, ...]:
+    """Check ``[P]`` token counts, integer or floating, at least 1, and give them the dtype of ``like``."""
+    _check.rows(like, count_name="chosen_logps", **counts)
+    for name, count in counts.items():
+        if bool((~(count.detach() >= 1)).any()):
+            raise ValueError(
+                f"{name} must be at least 1 token everywhere, got {count.min().item()}; drop pairs with an empty answer"
+            )
+    return tuple(count.detach().to(like.dtype) for count in counts.values())
+
+
+def advantage_tokens(advantages: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
+    """``[B]`` or ``[B, T]`` advantages as constants ``[B, T]``, zero where masked."""
+    _check.floating(advantages=advantages)
+    _check.tokens_or_rows(logps, advantages=advantages)
+    (advantages,) = _check.detach(advantages)
+    wide = advantages.unsqueeze(-1).expand_as(mask) if advantages.ndim == 1 else advantages
+    _check.finite(mask, advantages=wide)
+    return wide.where(mask, 0.0)
+
+
+def scored_rows(
+    rewards: Tensor, group_ids: Tensor, mask: Tensor, *, min_group: int, wanted_by: str
+) -> tuple[Tensor, Groups, Tensor]:
+    """Rewards as constants, the groups of the rows that count, and the mask without the rows that do not.
+
+    A row counts when it has an unmasked token and a reward that is not NaN.
+    """
+    _check.floating(rewards=rewards)
+    _check.rows(mask, rewards=rewards)
+    _check.group_ids(group_ids, mask)
+    (rewards,) = _check.detach(rewards)
+    member = mask.any(-1) & ~rewards.isnan()
+    _check.finite(member, rewards=rewards)
+    groups = Groups.of(group_ids, member, at_least=min_group, wanted_by=wanted_by)
+    return rewards.where(member, 0.0), groups, mask & member.unsqueeze(-1)
+
+
+def pair_metrics(
+    beta: float, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The metrics of preference pairs; implicit rewards are ``beta`` times the log-ratio (or the log-prob)."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    chosen_rewards = beta * (chosen if ref_chosen is None else chosen - ref_chosen)
+    rejected_rewards = beta * (rejected if ref_rejected is None else rejected - ref_rejected)
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen.dtype),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }

@@ -1,0 +1,39 @@
+"""Policies, references, critics and reward models, and how they are loaded. Needs transformers; LoRA needs peft."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "LoraSettings": "lora",
+    "ModelReward": "reward",
+    "Policy": "policy",
+    "QuantizationSettings": "loading",
+    "RewardScorer": "reward",
+    "TrainableReport": "lora",
+    "add_lora": "lora",
+    "check_tokenizer": "tokenizer",
+    "check_trainable": "lora",
+    "load_adapter": "lora",
+    "load_causal_lm": "loading",
+    "load_sequence_classifier": "loading",
+    "load_tokenizer": "tokenizer",
+    "memory_estimate": "memory",
+}
+
+__all__ = sorted(_LAZY)
+
+if TYPE_CHECKING:
+    from rlft.models.loading import QuantizationSettings, load_causal_lm, load_sequence_classifier
+    from rlft.models.lora import LoraSettings, TrainableReport, add_lora, check_trainable, load_adapter
+    from rlft.models.memory import memory_estimate
+    from rlft.models.policy import Policy
+    from rlft.models.reward import ModelReward, RewardScorer
+    from rlft.models.tokenizer import check_tokenizer, load_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"rlft.models.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'rlft.models' has no attribute {name!r}")

@@ -1,0 +1,104 @@
+"""How a :class:`rlft.types.Batch` becomes rows of token ids for a model: the one place that knows the layout.
+
+Everything above it (policy, critic, reward model) asks for ``[N]`` scored tokens and gets ``[B, T]`` back, so packing
+without padding or sharing a prompt between its completions can replace this file alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlft.types import Batch
+
+__all__ = ["Rows", "build_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """``[prompt | completion]`` rows, and where each scored token sits in them.
+
+    Attributes:
+        input_ids: ``[B, W]``.
+        attention_mask: ``[B, W]`` 1 where a token exists.
+        position_ids: ``[B, W]`` 0, 1, 2, ... from each row's first token, whatever the padding.
+        row, column: ``[N]`` where the hidden state that predicts each completion token sits (one before it).
+        targets: ``[N]`` the completion tokens, row by row.
+        last: ``[B]`` column of each row's last existing token.
+        completion_mask: ``[B, T]`` of the batch, for :meth:`scatter`.
+    """
+
+    input_ids: Int[Tensor, "B W"]
+    attention_mask: Int[Tensor, "B W"]
+    position_ids: Int[Tensor, "B W"]
+    row: Int[Tensor, " N"]
+    column: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    last: Int[Tensor, " B"]
+    completion_mask: Bool[Tensor, "B T"]
+
+    def gather(self, states: Float[Tensor, "B W ..."]) -> Float[Tensor, "N ..."]:
+        """The entries that predict completion tokens."""
+        return states[self.row, self.column]
+
+    def gather_last(self, states: Float[Tensor, "B W ..."]) -> Float[Tensor, "B ..."]:
+        """The entry at each row's last existing token."""
+        return states[torch.arange(states.shape[0], device=states.device), self.last]
+
+    def scatter(self, values: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+        """Back to ``[B, T]``, zero where no completion token exists. Differentiable."""
+        zeros = torch.zeros(self.completion_mask.shape, dtype=values.dtype, device=values.device)
+        return zeros.masked_scatter(self.completion_mask, values)
+
+
+def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right") -> Rows:
+    """Lay out each row as its prompt's tokens followed by its completion's tokens, without gaps.
+
+    Masked slots of ``prompt_ids`` and ``completion_ids`` are dropped wherever they sit, so a left-padded prompt gives
+    the same row as a right-padded one.
+
+    Args:
+        batch: any :class:`~rlft.types.Batch`.
+        padding_side: where the padding of the rows goes; log-probs do not depend on it.
+
+    Returns:
+        :class:`Rows`.
+
+    Raises:
+        ValueError: when a row with completion tokens has an empty prompt: nothing predicts its first token.
+    """
+    prompt_mask = batch.prompt_mask[batch.group_ids]
+    ids = torch.cat([batch.prompt_ids[batch.group_ids], batch.completion_ids], 1)
+    exists = torch.cat([prompt_mask, batch.completion_mask], 1)
+    rows_n, device = ids.shape[0], ids.device
+    lengths = exists.sum(-1)
+    prompt_lengths = prompt_mask.sum(-1)
+    empty = (prompt_lengths == 0) & batch.completion_mask.any(-1)
+    width, has_empty = torch.stack([lengths.max() if rows_n else lengths.new_zeros(()), empty.any()]).tolist()
+    if has_empty:
+        raise ValueError(
+            f"row {int(empty.nonzero()[0])} has an empty prompt, so nothing predicts its first completion token; "
+            f"give every prompt at least one token (a BOS token will do)"
+        )
+    width = max(int(width), 1)
+    start = torch.zeros_like(lengths) if padding_side == "right" else width - lengths
+    # Slot `width` is a bin for what does not exist; it is cut off again.
+    slot = torch.where(exists, start[:, None] + exists.cumsum(-1) - 1, width)
+    input_ids = torch.zeros(rows_n, width + 1, dtype=torch.long, device=device).scatter_(1, slot, ids.long())[:, :width]
+    columns = torch.arange(width, device=device)[None]
+    attention = (columns >= start[:, None]) & (columns < (start + lengths)[:, None])
+    row, t = batch.completion_mask.nonzero(as_tuple=True)
+    return Rows(
+        input_ids=input_ids,
+        attention_mask=attention.long(),
+        position_ids=(columns - start[:, None]).clamp(min=0),
+        row=row,
+        column=slot[row, prompt_mask.shape[1] + t] - 1,
+        targets=batch.completion_ids[row, t].long(),
+        last=(start + lengths - 1).clamp(min=0),
+        completion_mask=batch.completion_mask,
+    )

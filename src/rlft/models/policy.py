@@ -1,0 +1,387 @@
+"""The policy: everything that carries a gradient happens in its forward, so that wrappers see one ordinary module."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlft import _check
+from rlft.models import adapters, modes
+from rlft.models.critic import CriticModel, ValueHead
+from rlft.models.layout import Rows, build_rows
+from rlft.models.reference import ReferenceKind, load_tensors, make_reference
+from rlft.models.scorer import CausalScorer, unwrap
+from rlft.ops import DEFAULT_CHUNK, HeadOutputs, linear_logps, logits_logps
+from rlft.types import Batch
+
+__all__ = ["WANTS", "Policy"]
+
+# What a forward can be asked for. "entropy_grad" is a wish, not an output: it makes "entropy" differentiable.
+WANTS: tuple[str, ...] = ("logps", "entropy", "token_kl", "ref_logps", "values", "entropy_grad")
+# Output of the policy -> quantity of the head.
+_QUANTITY = {"logps": "logps", "entropy": "entropy", "token_kl": "kl", "ref_logps": "ref_logps"}
+
+
+class Policy(nn.Module):
+    """A causal language model that scores completions, with its reference and its critic.
+
+    Dropout is off in every forward, with or without gradient: log-probs that an importance ratio or a reference is
+    compared with must be a function of the weights. ``dropout=True`` leaves it on while training and grad is enabled.
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one.
+        reference: ``"auto"`` is the policy as passed: adapter switched off when it is fresh, a frozen copy of it when
+            it is trained, a frozen copy of the model when the model itself trains. ``"none"``: no reference. Or a
+            frozen model over the same vocabulary.
+        critic: ``"none"``; ``"shared"``, a value head on the policy's last hidden state (its loss trains the trunk as
+            well); or a model that becomes a critic of its own.
+        dropout: keep the model's dropout while training.
+        chunk_size: rows and vocabulary entries per tile of the head op.
+
+    Raises:
+        ValueError: when the reference does not fit (see :func:`rlft.models.reference.make_reference`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: str | nn.Module = "auto",
+        critic: str | nn.Module = "none",
+        dropout: bool = False,
+        chunk_size: tuple[int, int] = DEFAULT_CHUNK,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.dropout = dropout
+        self.chunk_size = chunk_size
+        self._scorer = CausalScorer(model)
+        self._reference = make_reference(model, reference)
+        self.reference_model = self._reference.model  # registered, so that it moves and shards with the policy
+        self.value_head: ValueHead | None = None
+        self.critic: CriticModel | None = None
+        if isinstance(critic, nn.Module):
+            self.critic = CriticModel(critic)
+        elif critic == "shared":
+            first = next(model.parameters())
+            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+            size = unwrap(model).config.get_text_config().hidden_size
+            self.value_head = ValueHead(size, dtype=dtype, device=first.device)
+        elif critic != "none":
+            raise ValueError(f"critic must be 'none', 'shared' or a model, got {critic!r}; load the model first")
+        if not dropout and (rate := modes.lora_dropout(model)):
+            warnings.warn(
+                f"the adapter asks for dropout {rate:g}, but a Policy scores without dropout; set dropout 0 in the LoRA "
+                f"settings, or pass Policy(..., dropout=True)",
+                stacklevel=2,
+            )
+        self.train()
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def forward(
+        self, batch: Batch, *, want: frozenset[str], temperature: float = 1.0
+    ) -> dict[str, Float[Tensor, "B T"]]:
+        """Score the completion tokens of a batch.
+
+        Args:
+            batch: prompts and completions; every token under ``completion_mask`` is scored.
+            want: any of ``logps`` (log-prob of each token), ``entropy`` (of the distribution it was drawn from),
+                ``token_kl`` (exact ``KL(policy || reference)`` at that position, differentiable), ``ref_logps``
+                (constant), ``values`` (the critic's value of the state before the token), and ``entropy_grad`` (makes
+                ``entropy`` differentiable; without it a gradient that reaches the entropy is an error).
+            temperature: divides the logits of policy and reference, > 0.
+
+        Returns:
+            ``[B, T]`` each, float32 (float64 for float64 models), zero outside ``completion_mask``. Position t scores
+            completion token t.
+        """
+        want = self._check_want(want)
+        rows = build_rows(batch)
+        self._settle()
+        result: dict[str, Tensor] = {}
+        quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
+        needs_policy = bool(quantities - {"ref_logps"}) or ("values" in want and self.value_head is not None)
+        states = self._scorer.states(rows) if needs_policy else None
+        if quantities == {"ref_logps"}:
+            result["ref_logps"] = rows.scatter(self._reference_alone(rows, temperature))
+        elif quantities:
+            assert states is not None
+            grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
+            outputs = self._score(rows, states, quantities, frozenset(grad & quantities), temperature)
+            for name in want & _QUANTITY.keys():
+                result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
+        if "values" in want:
+            result["values"] = rows.scatter(self._values(rows, states))
+        return result
+
+    @torch.no_grad()
+    def reference_logps(self, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
+        """The reference's log-prob of each completion token, without gradient."""
+        return Policy.forward(self, batch, want=frozenset({"ref_logps"}), temperature=temperature)["ref_logps"]
+
+    def _check_want(self, want: frozenset[str]) -> frozenset[str]:
+        want = frozenset(want)
+        for name in sorted(want - set(WANTS)):
+            raise ValueError(f"want holds {name!r}, which a Policy does not compute{_check.suggestion(name, WANTS)}")
+        if "entropy_grad" in want and "entropy" not in want:
+            raise ValueError("want holds 'entropy_grad' without 'entropy'; ask for both")
+        if want & {"token_kl", "ref_logps"} and self.reference_kind == "none":
+            raise ValueError(
+                f"{sorted(want & {'token_kl', 'ref_logps'})} need a reference, and this Policy was built with "
+                f"reference='none'; use reference='auto'"
+            )
+        if "values" in want and self.value_head is None and self.critic is None:
+            raise ValueError(
+                "'values' need a critic, and this Policy was built with critic='none'; use critic='shared'"
+            )
+        return want
+
+    def _score(
+        self, rows: Rows, states: Tensor, quantities: frozenset[str], grad: frozenset[str], temperature: float
+    ) -> HeadOutputs:
+        """The head over scored tokens: one fused op where both heads are matrices, else chunk by chunk."""
+        ref = ref_states = ref_head = None
+        if quantities & {"ref_logps", "kl"}:
+            ref = self._reference.scorer(self._scorer)
+            with self._reference.active():
+                ref_states = ref.states(rows)
+        head = self._scorer.matrix_head() if self._scorer.path == "matrix" else None
+        if ref is not None and ref is not self._scorer:
+            ref_head = ref.matrix_head() if ref.path == "matrix" else None
+            if head is None or ref_head is None or ref_head.softcap != head.softcap:
+                head = None
+        if head is None:
+            return self._score_by_module(states, ref, ref_states, rows.targets, quantities, grad, temperature)
+        if ref_head is not None and ref_states is not None and ref_head.logit_scale != head.logit_scale:
+            if ref_head.bias is not None:
+                return self._score_by_module(states, ref, ref_states, rows.targets, quantities, grad, temperature)
+            ref_states = ref_states * (ref_head.logit_scale / head.logit_scale)
+        return linear_logps(
+            states,
+            head.weight,
+            rows.targets,
+            ref_hidden=ref_states,
+            ref_weight=None if ref_head is None else ref_head.weight,
+            bias=head.bias,
+            ref_bias=None if ref_head is None else ref_head.bias,
+            temperature=temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            want=quantities,
+            grad=grad,
+            chunk=self.chunk_size,
+        )
+
+    def _score_by_module(
+        self,
+        states: Tensor,
+        ref: CausalScorer | None,
+        ref_states: Tensor | None,
+        targets: Tensor,
+        quantities: frozenset[str],
+        grad: frozenset[str],
+        temperature: float,
+    ) -> HeadOutputs:
+        """Heads that are no plain matrix: logits of a chunk of tokens at a time, recomputed in the backward."""
+
+        def score(piece: Tensor, ref_piece: Tensor | None, ids: Tensor) -> tuple[Tensor, ...]:
+            ref_logits = None
+            if ref is not None and ref_piece is not None:
+                with self._reference.active():
+                    ref_logits = ref.logits(ref_piece)
+            outputs = logits_logps(
+                self._scorer.logits(piece),
+                ids,
+                ref_logits=ref_logits,
+                temperature=temperature,
+                want=quantities,
+                grad=grad,
+            )
+            return tuple(t for t in outputs if t is not None)
+
+        size = self.chunk_size[0]
+        pieces = []
+        for i in range(0, max(states.shape[0], 1), size):
+            ref_piece = None if ref_states is None else ref_states[i : i + size]
+            arguments = (states[i : i + size], ref_piece, targets[i : i + size])
+            again = torch.is_grad_enabled() and self._scorer.path == "module"
+            pieces.append(checkpoint(score, *arguments, use_reentrant=False) if again else score(*arguments))
+        names = [name for name in HeadOutputs._fields if name in quantities]
+        return HeadOutputs(**{n: torch.cat(parts) for n, parts in zip(names, zip(*pieces, strict=True), strict=True)})
+
+    def _reference_alone(self, rows: Rows, temperature: float) -> Tensor:
+        """``ref_logps`` when nothing of the policy is wanted."""
+        scorer = self._reference.scorer(self._scorer)
+        want = frozenset({"logps"})
+        with self._reference.active():
+            states = scorer.states(rows)
+            head = scorer.matrix_head() if scorer.path == "matrix" else None
+            if head is not None:
+                outputs = linear_logps(
+                    states,
+                    head.weight,
+                    rows.targets,
+                    bias=head.bias,
+                    temperature=temperature,
+                    logit_scale=head.logit_scale,
+                    softcap=head.softcap,
+                    want=want,
+                    chunk=self.chunk_size,
+                )
+                assert outputs.logps is not None
+                return outputs.logps
+            size = self.chunk_size[0]
+            parts = []
+            for i in range(0, max(states.shape[0], 1), size):
+                logits = scorer.logits(states[i : i + size])
+                parts.append(logits_logps(logits, rows.targets[i : i + size], temperature=temperature, want=want).logps)
+            return torch.cat([part for part in parts if part is not None])
+
+    def _values(self, rows: Rows, states: Tensor | None) -> Tensor:
+        if self.critic is not None:
+            return self.critic(rows)
+        assert self.value_head is not None
+        assert states is not None
+        if self._scorer.path == "logits":
+            raise ValueError(
+                f"critic='shared' needs the hidden states of {type(self._scorer.base).__name__}, which rlft cannot find; "
+                f"pass a critic model instead"
+            )
+        return self.value_head(states)
+
+    # -- modes ----------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> Policy:
+        """Set the mode. The models inside stay without dropout unless the Policy was built with ``dropout=True``."""
+        super().train(mode)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Put every model into the mode that scoring needs, whatever generation or a caller left behind."""
+        tracking = torch.is_grad_enabled()
+        modes.scoring(self.model, dropout=self.dropout and self.training and tracking, tracking=tracking)
+        if self.critic is not None:
+            modes.scoring(self.critic.model, dropout=self.dropout and self.training and tracking, tracking=tracking)
+        if self.reference_model is not None:
+            self.reference_model.eval()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute layer activations in the backward: less memory for about a third more time.
+
+        Works for frozen base models under adapters (their inputs are made to require grad). Call it before wrapping.
+        """
+        for model in (self.model, None if self.critic is None else self.critic.model):
+            if model is not None:
+                modes.enable_checkpointing(model)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The underlying model in plain eval mode, for ``generate``: no dropout, no checkpointing, cache allowed."""
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self._settle()
+
+    # -- reference ------------------------------------------------------------------------------------------------
+    @property
+    def reference_kind(self) -> ReferenceKind:
+        """``none``, ``adapter_off``, ``adapter_copy``, ``snapshot`` or ``model``."""
+        return self._reference.kind
+
+    def update_reference(self, mix: float) -> None:
+        """Move the reference towards the policy: ``(1 - mix) * reference + mix * policy``; 1 replaces it.
+
+        For ``snapshot`` and ``adapter_copy``. A copied adapter is mixed factor by factor (its A and its B), which is
+        the mean of the two products only at 0 and 1.
+
+        Raises:
+            ValueError: for other kinds, which have no tensors of their own to move.
+        """
+        self._reference.update(mix)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The reference's own tensors, for a checkpoint; empty for ``none``, ``adapter_off`` and ``model``."""
+        return self._reference.state()
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`reference_state`.
+
+        Raises:
+            ValueError: when names or shapes differ; nothing is changed then.
+        """
+        self._reference.load_state(state)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+    @property
+    def hf_model(self) -> Any:
+        """The transformers model or PeftModel, for generating and saving."""
+        return self.model
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies of all trainable tensors by name, full (unsharded) and on the CPU."""
+        state = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                value: Any = parameter.detach()
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                state[name] = value.to("cpu", copy=True).contiguous()
+        return state
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`trainable_state` in place.
+
+        Raises:
+            ValueError: when names or shapes differ; nothing is changed then.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        load_tensors(own, state, what="trainable state")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the adapter (peft layout) or the full model, and the critic beside it; safetensors and JSON only.
+
+        The critic goes to ``value_head.safetensors`` (shared) or to the folder ``critic`` (a model of its own).
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if adapters.is_peft(self.model):
+            name = adapters.active_adapter(self.model)
+            self.model.save_pretrained(str(directory), selected_adapters=[name], save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(str(directory))
+        if self.value_head is not None:
+            save_file(_plain(self.value_head), str(directory / "value_head.safetensors"))
+        if self.critic is not None:
+            folder = directory / "critic"
+            self.critic.model.save_pretrained(str(folder))
+            save_file(_plain(self.critic.head), str(folder / "value_head.safetensors"))
+
+    def load_value_head(self, directory: str | Path) -> None:
+        """Load ``value_head.safetensors`` of :meth:`save_pretrained`'s folder into the critic's head.
+
+        Raises:
+            ValueError: without a critic, or when the file does not fit.
+        """
+        from safetensors.torch import load_file
+
+        head = self.value_head if self.critic is None else self.critic.head
+        if head is None:
+            raise ValueError("this Policy has no critic to load a value head into; build it with critic='shared'")
+        path = Path(directory) / ("value_head.safetensors" if self.critic is None else "critic/value_head.safetensors")
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; expected a folder that Policy.save_pretrained wrote")
+        load_tensors(dict(head.named_parameters()), load_file(str(path)), what="value head")
+
+
+def _plain(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in module.named_parameters()}

@@ -1,0 +1,197 @@
+"""A causal language model seen as trunk and head: hidden states here, logits only where nothing else is right."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlft import _check
+from rlft.models.layout import Rows
+from rlft.ops.dense import transform
+
+__all__ = ["CausalScorer", "Head", "unwrap"]
+
+
+class Head(NamedTuple):
+    """A head that is one matrix, and what the model does to its output."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel (its LoRA layers stay in place), else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class CausalScorer:
+    """Runs one causal language model over :class:`~rlft.models.layout.Rows`.
+
+    On first use a tiny row is scored by the fast path and by ``model(...).logits``; where they differ the next, more
+    general path is taken, with one warning:
+
+    1. ``matrix``: trunk, then the head's weight goes to :func:`rlft.ops.linear_logps`;
+    2. ``module``: trunk, then the head module is called on the scored tokens (LoRA on the head, ``modules_to_save``,
+       quantised heads);
+    3. ``logits``: the whole model is called, and logits exist for every token.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config = getattr(model, "peft_config", None)
+        if isinstance(config, dict) and any(getattr(c, "is_prompt_learning", False) for c in config.values()):
+            raise ValueError(
+                "prompt-learning adapters (prefix or prompt tuning) put virtual tokens into the sequence and cannot be "
+                "scored; use LoRA (rlft.models.add_lora)"
+            )
+        base = unwrap(model)
+        self.base = base
+        text = base.config.get_text_config() if hasattr(base, "config") else None
+        self.logit_scale, self.softcap = _transform(text)
+        self.max_positions = _position_limit(base, text)
+        self.path: str | None = None
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+    @property
+    def trunk(self) -> nn.Module | None:
+        trunk = getattr(self.base, "base_model", None)
+        return trunk if isinstance(trunk, nn.Module) and trunk is not self.base else None
+
+    @property
+    def head_module(self) -> nn.Module | None:
+        get = getattr(self.base, "get_output_embeddings", None)
+        return get() if get is not None else None
+
+    def matrix_head(self) -> Head | None:
+        """The head's current weight, when the head is a plain linear layer."""
+        head = self.head_module
+        plain = isinstance(head, nn.Linear) and head.weight.ndim == 2 and head.weight.is_floating_point()
+        if not plain or hasattr(head, "base_layer"):
+            return None
+        return Head(head.weight, head.bias, self.logit_scale, self.softcap)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def states(self, rows: Rows) -> Tensor:
+        """``[N, D]`` final hidden states that predict the scored tokens (path ``logits``: ``[N, V]`` logits)."""
+        self._check_width(rows)
+        self.ensure_path(rows)
+        return rows.gather(self._full_logits(rows) if self.path == "logits" else self._hidden(rows))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Final logits of some rows of :meth:`states`."""
+        if self.path == "logits":
+            return states
+        head = self.head_module
+        assert head is not None
+        return transform(head(states), logit_scale=self.logit_scale, softcap=self.softcap)
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        trunk = self.trunk
+        assert trunk is not None
+        return trunk(**self._inputs(rows)).last_hidden_state
+
+    def _full_logits(self, rows: Rows) -> Tensor:
+        return self.model(**self._inputs(rows)).logits
+
+    def _inputs(self, rows: Rows) -> dict[str, Any]:
+        return {
+            "input_ids": rows.input_ids,
+            "attention_mask": rows.attention_mask,
+            "position_ids": rows.position_ids,
+            "use_cache": False,
+            "return_dict": True,
+        }
+
+    def _check_width(self, rows: Rows) -> None:
+        width = rows.input_ids.shape[1]
+        if self.max_positions is not None and width > self.max_positions:
+            raise ValueError(
+                f"a row of {width} tokens does not fit the model's {self.max_positions} positions; lower "
+                f"max_prompt_length or max_completion_length so that their sum is at most {self.max_positions}"
+            )
+
+    # -- self-check -----------------------------------------------------------------------------------------------
+    def ensure_path(self, rows: Rows) -> None:
+        """Choose the fastest path that agrees with the model itself on a short row. Runs once, without gradient."""
+        if self.path is not None:
+            return
+        vocabulary = getattr(unwrap(self.model).config.get_text_config(), "vocab_size", 2)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (1, 4), generator=generator).to(rows.input_ids.device)
+        if rows.input_ids.numel():
+            ids[0, 0] = rows.input_ids[0, 0]
+        ones, steps = torch.ones_like(ids), torch.arange(4, device=ids.device)
+        none = steps[:0]
+        probe = Rows(ids, ones, steps[None], none, none, none, steps[-1:], ones.bool())
+        was_training = {m: m.training for m in self.model.modules() if m.training}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                truth = self._full_logits(probe)
+                _finite(truth, self.base)
+                self.path = self._agreeing_path(probe, truth)
+        finally:
+            for module in was_training:
+                module.training = True
+
+    def _agreeing_path(self, probe: Rows, truth: Tensor) -> str:
+        name = type(self.base).__name__
+        if self.trunk is None or self.head_module is None:
+            warnings.warn(f"{name} has no separate trunk and head; its full logits are used (slower)", stacklevel=2)
+            return "logits"
+        low = torch.finfo(truth.dtype)
+        tolerance = 32 * low.eps * max(1.0, float(truth.abs().max()))
+        hidden = self._hidden(probe)
+        head = self.matrix_head()
+        if head is not None:
+            raw = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+            mine = transform(raw, logit_scale=head.logit_scale, softcap=head.softcap)
+            if mine.shape == truth.shape and float((mine - truth).abs().max()) <= tolerance:
+                return "matrix"
+        self.path = "module"
+        mine = self.logits(hidden)
+        if mine.shape == truth.shape and float((mine - truth).abs().max()) <= tolerance:
+            return "module"
+        warnings.warn(
+            f"{name}: hidden states times head differ from the model's own logits, so its full logits are used (slower). "
+            f"The config probably holds a logit transform that rlft does not know",
+            stacklevel=2,
+        )
+        return "logits"
+
+
+def _finite(logits: Tensor, model: nn.Module) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"{type(model).__name__} returns NaN or infinite logits for a plain row of 4 tokens; "
+            f"check its weights and dtype (float16 overflows in some families: use bfloat16 or float32)"
+        )
+
+
+def _transform(config: Any) -> tuple[float, float | None]:
+    """``(factor, soft cap)`` of the logits, from the names the known families use."""
+    scale, cap = 1.0, None
+    if config is not None:
+        if isinstance(getattr(config, "logit_scale", None), (int, float)):  # Cohere
+            scale *= float(config.logit_scale)
+        if isinstance(getattr(config, "logits_scaling", None), (int, float)):  # Granite
+            scale /= float(config.logits_scaling)
+        if isinstance(getattr(config, "final_logit_softcapping", None), (int, float)):  # Gemma 2
+            cap = float(config.final_logit_softcapping)
+            _check.number("final_logit_softcapping", cap, low=0.0, open_low=True)
+    return scale, cap
+
+
+def _position_limit(base: nn.Module, config: Any) -> int | None:
+    """The number of learned absolute positions (GPT-2), None for models without them (rotary positions extrapolate)."""
+    trunk = getattr(base, "base_model", base)
+    for name in ("wpe", "position_embeddings", "embed_positions"):
+        table = getattr(trunk, name, None)
+        if isinstance(table, nn.Embedding):
+            return int(getattr(config, "max_position_embeddings", table.num_embeddings))
+    return None

@@ -1,0 +1,219 @@
+"""From prompts to a scored batch, and from a batch to the constants that an objective needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from rlft import reduce
+from rlft.errors import TrainingError
+from rlft.rollout import Rollout, SamplingParams
+from rlft.types import Batch
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["fill_constants", "no_grad_outputs", "rollout", "score", "to_batch"]
+
+#: Columns that are handed to reward functions under names of their own, or are no data of theirs.
+_RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state"}
+
+
+def sampling_params(trainer: Trainer, *, greedy: bool = False) -> SamplingParams:
+    """The run's sampling settings; ``greedy`` for evaluation."""
+    c = trainer.config
+    if greedy:
+        return SamplingParams(c.max_completion_length, stop_token_ids=tuple(c.stop_token_ids), greedy=True)
+    return SamplingParams(
+        c.max_completion_length,
+        temperature=c.temperature,
+        top_p=c.top_p,
+        top_k=c.top_k,
+        min_p=c.min_p,
+        repetition_penalty=c.repetition_penalty,
+        stop_token_ids=tuple(c.stop_token_ids),
+    )
+
+
+def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
+    """Sample, score, and collate; metrics of the samples go to the trainer.
+
+    Args:
+        trainer: gives sampler, rewards, tokenizer and settings.
+        examples: prompts with their columns.
+        seed: decides the samples together with weights and prompts.
+    """
+    n = trainer.config.num_generations
+    sampled = trainer.sampler.sample(
+        [e.prompt_ids for e in examples],
+        n,
+        sampling_params(trainer),
+        seed=seed,
+        weight_version=trainer.step,
+        poll=trainer.poll,
+    )
+    repeated = [e for e in examples for _ in range(n)]
+    rewards = score_rollout(trainer, repeated, sampled)
+    if trainer.replay is not None:
+        sampled, rewards = trainer.replay.mix(examples, sampled, rewards, seed=seed)
+    _record_samples(trainer, sampled, rewards, n)
+    return to_batch(trainer, examples, sampled, rewards)
+
+
+def score_rollout(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout, *, prefix: str = "") -> Tensor:
+    """Rewards ``[B]`` of sampled answers, NaN where unscored; each function's mean and spread go to the metrics."""
+    trainer.poll()
+    texts = trainer.tokenizer.batch_decode(
+        [_without_end(trainer, ids) for ids in sampled.completion_ids], skip_special_tokens=True
+    )
+    completions = [
+        [{"role": "assistant", "content": text}] if isinstance(example.prompt, list) else text
+        for example, text in zip(repeated, texts, strict=True)
+    ]
+    output = trainer.score(repeated, completions, sampled.completion_ids)
+    each = output.each.double()
+    for column, name in enumerate(output.names):
+        values = each[:, column]
+        seen = ~torch.isnan(values)
+        trainer.metrics.add(f"{prefix}rewards/{name}/mean", values, seen)
+        if int(seen.sum()) > 1:
+            trainer.metrics.add(f"{prefix}rewards/{name}/std", values[seen].std(), None)
+    _watch_unscored(trainer, output.rewards)
+    return output.rewards
+
+
+def score(
+    trainer: Trainer, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]
+) -> Any:
+    """Call the reward functions with TRL's keywords."""
+    assert trainer.rewards is not None
+    names = {name for e in examples for name in e.columns} - _RESERVED
+    return trainer.rewards(
+        prompts=[e.prompt for e in examples],
+        completions=list(completions),
+        completion_ids=[list(ids) for ids in completion_ids],
+        columns={name: [e.columns.get(name) for e in examples] for name in sorted(names)},
+        trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
+    )
+
+
+def to_batch(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, rewards: Tensor) -> Batch:
+    """Right-padded tensors; row order is prompt-major."""
+    n = len(sampled.completion_ids) // len(examples)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in sampled.completion_ids], batch_first=True)
+    lengths = torch.tensor([len(row) for row in sampled.completion_ids])
+    exists = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    mask = exists
+    if trainer.config.mask_truncated_completions:
+        mask = exists & torch.tensor(sampled.finished)[:, None]
+    prompts = pad_sequence([torch.tensor(e.prompt_ids, dtype=torch.long) for e in examples], batch_first=True)
+    prompt_lengths = torch.tensor([len(e.prompt_ids) for e in examples])
+    return Batch(
+        prompt_ids=prompts,
+        prompt_mask=torch.arange(prompts.shape[1])[None] < prompt_lengths[:, None],
+        completion_ids=ids,
+        completion_mask=exists,
+        mask=mask,
+        group_ids=torch.arange(len(examples)).repeat_interleave(n),
+        rewards=rewards.float(),
+    ).to(trainer.device)
+
+
+def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
+    """Old and reference log-probs, values and the KTO baseline, each only where something needs it before the forward.
+
+    With one optimizer step per generation the policy that sampled is the policy that is trained: old log-probs are the
+    forward pass's own, and the reference is scored inside it. No pass is spent twice.
+    """
+    objective = trainer.objective
+    in_reward = objective.kl == "reward" and objective.beta > 0
+    reused = trainer.plan.updates_per_generation > 1
+    want = set()
+    if "ref_logps" in objective.needs and batch.ref_logps is None and (in_reward or reused):
+        want.add("ref_logps")
+    if batch.old_logps is None and (in_reward or ("old_logps" in objective.needs and reused)):
+        want.add("logps")
+    if objective.advantage == "gae":
+        want.add("values")
+    if want:
+        outputs = no_grad_outputs(trainer, batch, frozenset(want))
+        names = {"logps": "old_logps", "ref_logps": "ref_logps", "values": "values"}
+        batch = batch.replace(**{names[name]: outputs[name] for name in want})
+    if "kl_baseline" in objective.needs:
+        baseline = _kto_baseline(trainer, batch)
+        batch = batch.replace(extras={**batch.extras, "kl_baseline": baseline.expand(batch.num_rows).contiguous()})
+    return batch
+
+
+@torch.no_grad()
+def no_grad_outputs(trainer: Trainer, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+    """The model's outputs on all rows, in chunks of the micro-batch size, each ``[B, T]`` (scores ``[B]``)."""
+    width = batch.completion_ids.shape[1]
+    rows_at_once = max(trainer.plan.micro_batch_rows, 1)
+    parts: dict[str, list[Tensor]] = {}
+    for rows in torch.arange(batch.num_rows).split(rows_at_once):
+        trainer.poll()
+        for name, values in trainer.forward(batch.select(rows).to(trainer.device), want).items():
+            parts.setdefault(name, []).append(pad(values, (0, width - values.shape[1])) if values.ndim > 1 else values)
+    return {name: torch.cat(values).to(batch.device) for name, values in parts.items()}
+
+
+def _kto_baseline(trainer: Trainer, batch: Batch) -> Tensor:
+    """KTO's z0: log-ratio of mismatched pairs (prompt i, answer i+1), mean over all processes, one number per step."""
+    if batch.num_groups < 2:
+        raise TrainingError("KTO compares answers with other prompts: give it at least 2 examples per step and process")
+    shifted = (batch.group_ids + 1) % batch.num_groups
+    mismatched = batch.replace(group_ids=shifted, extras={})
+    outputs = no_grad_outputs(trainer, mismatched, frozenset({"logps", "ref_logps"}))
+    log_ratio = reduce.sequence_sum(outputs["logps"] - outputs["ref_logps"], batch.mask)
+    alive = batch.mask.any(-1)
+    both = torch.stack([log_ratio.where(alive, 0.0).sum().double(), alive.sum().double()]).to(trainer.device)
+    both = trainer.accelerator.reduce(both, reduction="sum")
+    return (both[0] / both[1].clamp(min=1)).clamp(min=0).to(log_ratio.dtype).to(batch.device)
+
+
+def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int) -> None:
+    groups = rewards.double().reshape(-1, n)
+    scored = ~torch.isnan(groups)
+    trainer.metrics.add("reward", groups, scored)
+    counts = scored.sum(-1)
+    centred = (groups - torch.nanmean(groups, dim=-1, keepdim=True)).where(scored, 0.0)
+    spread = (centred.square().sum(-1) / (counts - 1).clamp(min=1)).sqrt()
+    usable = counts > 1
+    trainer.metrics.add("reward_std", spread, usable)
+    trainer.metrics.add("frac_reward_zero_std", (spread == 0).double(), usable)
+    lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
+    finished = torch.tensor(sampled.finished)
+    everything = torch.ones_like(finished)
+    trainer.metrics.add("completions/mean_length", lengths, everything)
+    trainer.metrics.add_min("completions/min_length", lengths)
+    trainer.metrics.add_max("completions/max_length", lengths)
+    trainer.metrics.add("completions/mean_terminated_length", lengths, finished)
+    trainer.metrics.add("completions/clipped_ratio", (~finished).double(), everything)
+
+
+def _watch_unscored(trainer: Trainer, rewards: Tensor) -> None:
+    unscored = int(torch.isnan(rewards).sum())
+    if unscored == rewards.numel():
+        trainer.unscored_steps += 1
+        if trainer.unscored_steps >= trainer.config.max_unscored_steps:
+            raise TrainingError(
+                f"step {trainer.step + 1}: no answer was scored for {trainer.unscored_steps} steps in a row "
+                f"(every reward was None); check the reward functions on one printed answer (log_completions)"
+            )
+    else:
+        trainer.unscored_steps = 0
+    trainer.metrics.add(
+        "rewards/unscored_fraction", torch.tensor(unscored / max(1, rewards.numel()), dtype=torch.float64), None
+    )
+
+
+def _without_end(trainer: Trainer, ids: Sequence[int]) -> list[int]:
+    ends = {trainer.tokenizer.eos_token_id, *trainer.config.stop_token_ids}
+    return [i for i in ids if i not in ends]

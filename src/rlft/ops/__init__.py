@@ -1,0 +1,9 @@
+"""Hidden states to log-probs, entropy and exact KL, without ever holding a row of logits for the whole batch."""
+
+from __future__ import annotations
+
+from rlft.ops.dense import logits_logps
+from rlft.ops.head import DEFAULT_CHUNK, PLANS, QUANTITIES, linear_logps
+from rlft.ops.outputs import HeadOutputs
+
+__all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "HeadOutputs", "linear_logps", "logits_logps"]

@@ -1,0 +1,392 @@
+"""Several reward functions, called the way TRL calls them, checked, and added up."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlft import _check
+from rlft.rewards.call import RewardError, Wait, accepted, is_async, run_guarded, run_together
+
+__all__ = ["RewardError", "RewardFunction", "RewardOutput", "RewardSet", "function_name"]
+
+logger = logging.getLogger("rlft.rewards")
+
+RewardFunction = Callable[..., Any]
+
+_RESERVED = ("prompts", "completions", "completion_ids", "trainer_state")
+_DROPPED = ("prompt", "completion")  # per-row fields that the plural arguments already carry
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOutput:
+    """The rewards of one batch.
+
+    Attributes:
+        rewards: ``[B]`` float32, the weighted sum over the functions that scored the row; NaN where none did.
+        each: ``[B, K]`` float32, unweighted, one column per function; NaN where it returned None.
+        names: the K metric names, in column order.
+    """
+
+    rewards: Float[Tensor, " B"]
+    each: Float[Tensor, "B K"]
+    names: tuple[str, ...]
+
+    @property
+    def unscored(self) -> int:
+        """Rows that no function with a weight scored."""
+        return int(torch.isnan(self.rewards).sum())
+
+    @property
+    def all_unscored(self) -> bool:
+        """Whether there is nothing to learn from: rows, but not one reward."""
+        return self.rewards.numel() > 0 and self.unscored == self.rewards.numel()
+
+    def metrics(self) -> dict[str, float]:
+        """``rewards/{name}/mean``, ``rewards/{name}/std`` (unbiased; 0 for one row) and the share ``rewards/unscored``.
+
+        Means are over the rows that the function scored; where it scored none, its keys are absent.
+        """
+        found: dict[str, float] = {}
+        for index, name in enumerate(self.names):
+            column = self.each[:, index].double()
+            column = column[~torch.isnan(column)]
+            if column.numel():
+                found[f"rewards/{name}/mean"] = column.mean().item()
+                found[f"rewards/{name}/std"] = column.std().item() if column.numel() > 1 else 0.0
+        if self.rewards.numel():
+            found["rewards/unscored"] = self.unscored / self.rewards.numel()
+        return found
+
+
+class RewardSet:
+    """Reward functions, their weights and their checks.
+
+    A function is called once per batch by keyword, ``f(prompts=, completions=, completion_ids=, trainer_state=,
+    **columns)``, every list with one entry per completion, and returns one number or None per completion. It may be
+    ``async def``; all such functions of a set run at once. A function without ``**kwargs`` gets only the keywords it
+    names. None means "cannot score this row": the row's reward is the weighted sum over the other functions, and
+    a row that no function scored is unscored (NaN), not zero.
+
+    Args:
+        funcs: one function or several.
+        weights: one number per function; 1 each by default. A function of weight 0 is called and logged, and
+            alone does not make a row scored.
+        names: metric names; by default each function's ``__name__`` (equal names get ``_2``, ``_3``, ...).
+        timeout: seconds that one call of one function may take; None = no limit. The limit is kept by a watching
+            thread: control comes back as a :class:`RewardError`, while the stuck thread lives on until the process
+            ends (Python cannot kill it). A function that holds the interpreter lock cannot be timed out.
+
+    Raises:
+        ValueError: for no function, something not callable, wrong counts, weights that are not finite.
+    """
+
+    def __init__(
+        self,
+        funcs: RewardFunction | Sequence[RewardFunction],
+        *,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        listed = [funcs] if callable(funcs) else list(funcs)
+        if not listed:
+            raise ValueError("a RewardSet needs at least one reward function, got none; pass reward_funcs")
+        for position, func in enumerate(listed):
+            if not callable(func):
+                raise ValueError(
+                    f"reward function {position} is not callable: {func!r}; "
+                    f"turn a name into a function with load_reward()"
+                )
+        if weights is not None and len(weights) != len(listed):
+            raise ValueError(f"reward_weights must have one number per function ({len(listed)}), got {len(weights)}")
+        for weight in weights or ():
+            _check.number("reward_weights", weight)
+        if names is not None and len(names) != len(listed):
+            raise ValueError(f"names must have one entry per reward function ({len(listed)}), got {len(names)}")
+        if names is not None and len(set(names)) != len(names):
+            raise ValueError(f"names of reward functions must differ, got {list(names)}")
+        if timeout is not None:
+            _check.number("timeout", timeout, low=0.0, open_low=True)
+        self.funcs = tuple(listed)
+        self.weights = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(listed)
+        if not any(self.weights):
+            raise ValueError("every reward weight is 0, so no row would have a reward; set one reward_weights entry")
+        self.names = tuple(names) if names is not None else _unique([function_name(f) for f in listed])
+        self.timeout = timeout
+        self.unscored_in_a_row = 0
+        """Batches since the last one that had any reward (the caller decides when it is too many)."""
+        self._told: set[tuple[str, str]] = set()
+
+    def __len__(self) -> int:
+        return len(self.funcs)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        trainer_state: Any = None,
+        *,
+        poll: Callable[[], None] | None = None,
+    ) -> RewardOutput:
+        """Score a batch of B completions.
+
+        Args:
+            prompts: one prompt (string or messages) per completion: a prompt with n completions appears n times.
+            completions: strings, or lists of messages.
+            completion_ids: the token ids of each completion.
+            columns: the other columns of the dataset, one entry per completion.
+            trainer_state: handed on to the functions; its ``global_step`` appears in errors.
+            poll: called between functions and while waiting for one; what it raises comes through.
+
+        Returns:
+            The rewards, weighted and each.
+
+        Raises:
+            ValueError: when the arguments do not have one entry per completion, or a function needs a missing column.
+            RewardError: when a function raises, hangs past the limit, returns a wrong count, or returns a value that
+                is not a finite number or None.
+        """
+        keywords = self._keywords(prompts, completions, completion_ids, columns or {}, trainer_state)
+        step = _step(trainer_state)
+        returned = self._call(keywords, step, poll)
+        count = len(completions)
+        each = torch.full((count, len(self.funcs)), math.nan, dtype=torch.float64)
+        for index, name in enumerate(self.names):
+            for row, value in enumerate(self._listed(name, returned[index], count, step)):
+                if value is None:
+                    self._tell(
+                        name, "none", f"reward function {name!r} returned None: rows without a reward are left out"
+                    )
+                else:
+                    each[row, index] = self._number(name, value, row, step)
+        output = self._sum(each, step)
+        self._count_unscored(output)
+        return output
+
+    # -- calling --------------------------------------------------------------------------------------------------
+    def _keywords(
+        self, prompts: Any, completions: Any, completion_ids: Any, columns: Mapping[str, Any], trainer_state: Any
+    ) -> dict[str, Any]:
+        lists = {"prompts": prompts, "completion_ids": completion_ids, **columns}
+        for name, values in lists.items():
+            if name in _RESERVED and name in columns:
+                raise ValueError(f"the column name {name!r} is an argument of every reward function; rename the column")
+            if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != len(completions):
+                came = (
+                    len(values) if hasattr(values, "__len__") and not isinstance(values, str) else type(values).__name__
+                )
+                raise ValueError(f"{name} must have one entry per completion ({len(completions)}), got {came}")
+        kept = {name: list(values) for name, values in columns.items() if name not in _DROPPED}
+        fixed = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+        return {**kept, **fixed, "trainer_state": trainer_state}
+
+    def _call(self, keywords: dict[str, Any], step: int | None, poll: Callable[[], None] | None) -> list[Any]:
+        returned: list[Any] = [None] * len(self.funcs)
+        calls = [
+            functools.partial(func, **_own_lists(accepted(func, name, keywords)))
+            for func, name in zip(self.funcs, self.names, strict=True)
+        ]
+        together = [index for index, func in enumerate(self.funcs) if is_async(func)]
+        for index, call in enumerate(calls):
+            if index in together:
+                continue
+            if poll is not None:
+                poll()
+            try:
+                returned[index] = run_guarded(_blamed(call), timeout=self.timeout, poll=poll)
+            except Wait as caught:
+                raise self._hung([index], step) from caught
+            except _UserError as caught:
+                raise self._raised(index, caught.error, step) from caught.error
+        if together:
+            if poll is not None:
+                poll()
+            try:
+                outcomes = run_together([calls[index] for index in together], timeout=self.timeout, poll=poll)
+            except Wait as caught:
+                raise self._hung([together[position] for position in caught.unfinished], step) from caught
+            for index, outcome in zip(together, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    raise self._raised(index, outcome, step) from outcome
+                returned[index] = outcome
+        return returned
+
+    def _hung(self, indices: Sequence[int], step: int | None) -> RewardError:
+        names = ", ".join(self.names[index] for index in indices)
+        return RewardError(
+            f"reward function {names!r} did not return within {self.timeout:g} s{_at(step)}; raise the reward timeout, "
+            f"or return None for rows that take too long",
+            function=names,
+            step=step,
+        )
+
+    def _raised(self, index: int, error: BaseException, step: int | None) -> RewardError:
+        name = self.names[index]
+        return RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {str(error)[:500]}{_at(step)}; "
+            f"return None for rows it cannot score",
+            function=name,
+            step=step,
+        )
+
+    # -- reading what came back -----------------------------------------------------------------------------------
+    def _listed(self, name: str, returned: Any, count: int, step: int | None) -> list[Any]:
+        if isinstance(returned, Tensor):
+            if returned.requires_grad:
+                raise RewardError(
+                    f"reward function {name!r} returned a tensor that requires grad{_at(step)}; rewards are constants: "
+                    f"compute them under torch.no_grad() and return .tolist()",
+                    function=name,
+                    step=step,
+                )
+            returned = returned.tolist() if returned.ndim == 1 else returned
+        elif type(returned).__module__ == "numpy" and getattr(returned, "ndim", 0) == 1:
+            returned = returned.tolist()
+        if not isinstance(returned, (list, tuple)):
+            raise RewardError(
+                f"reward function {name!r} must return a list with one number or None per completion ({count}), "
+                f"got {type(returned).__name__}{_at(step)}",
+                function=name,
+                step=step,
+            )
+        if len(returned) != count:
+            raise RewardError(
+                f"reward function {name!r} returned {len(returned)} rewards for {count} completions{_at(step)}; "
+                f"return one number or None per completion",
+                function=name,
+                step=step,
+            )
+        return list(returned)
+
+    def _number(self, name: str, value: Any, row: int, step: int | None) -> float:
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+            value = value.item()
+        elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            value = value.item()
+        if not isinstance(value, numbers.Real):
+            grad = isinstance(value, Tensor) and value.requires_grad
+            what = "a tensor that requires grad" if grad else f"{str(value)[:80]!r} of type {type(value).__name__}"
+            raise RewardError(
+                f"reward function {name!r} returned {what} for row {row}{_at(step)}; "
+                f"return a plain float, or None where the row cannot be scored",
+                function=name,
+                step=step,
+                row=row,
+            )
+        if not isinstance(value, float):
+            kind = type(value).__name__
+            self._tell(name, kind, f"reward function {name!r} returned {value!r:.40} of type {kind}: taken as a float")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward function {name!r} returned {number} for row {row}{_at(step)}; a reward must be finite: "
+                f"return None where the row cannot be scored",
+                function=name,
+                step=step,
+                row=row,
+            )
+        return number
+
+    def _sum(self, each: Float[Tensor, "B K"], step: int | None) -> RewardOutput:
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        present = ~torch.isnan(each) & (weights != 0)
+        total = (each.nan_to_num(0.0) * weights).where(present, 0.0).sum(-1)
+        total = total.where(present.any(-1), math.nan)
+        # Finite in float64 may be infinite in float32, or inf - inf in the sum: neither may pass for "unscored".
+        single, single_each = total.float(), each.float()
+        bad_rows = present.any(-1) & ~torch.isfinite(single)
+        bad = torch.cat([bad_rows[:, None], torch.isinf(single_each)], dim=1).nonzero().tolist()
+        if bad:
+            row, column = bad[0]
+            name = ", ".join(self.names) if column == 0 else self.names[column - 1]
+            raise RewardError(
+                f"the reward of row {row} ({name}) does not fit float32{_at(step)}; "
+                f"scale the reward or its weight down",
+                function=name,
+                step=step,
+                row=row,
+            )
+        return RewardOutput(rewards=single, each=single_each, names=self.names)
+
+    def _count_unscored(self, output: RewardOutput) -> None:
+        if not output.all_unscored:
+            self.unscored_in_a_row = 0
+            return
+        self.unscored_in_a_row += 1
+        if self.unscored_in_a_row == 1:
+            logger.warning(
+                "no completion of this batch has a reward (every function returned None): nothing to learn from"
+            )
+
+    def _tell(self, name: str, kind: str, message: str) -> None:
+        """One warning per function and kind, not one per row."""
+        if (name, kind) not in self._told:
+            self._told.add((name, kind))
+            logger.warning(message)
+
+
+class _UserError(Exception):
+    """Carries what a reward function raised past the watchdog, apart from what ``poll`` raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _blamed(call: Callable[[], Any]) -> Callable[[], Any]:
+    def wrapped() -> Any:
+        try:
+            return call()
+        except Exception as caught:
+            raise _UserError(caught) from caught
+
+    return wrapped
+
+
+def _own_lists(keywords: dict[str, Any]) -> dict[str, Any]:
+    """A list of its own for every function: one that sorts or pops must not disturb the next."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in keywords.items()}
+
+
+def _step(trainer_state: Any) -> int | None:
+    step = trainer_state.get("global_step") if isinstance(trainer_state, Mapping) else None
+    step = getattr(trainer_state, "global_step", step)
+    return step if isinstance(step, int) else None
+
+
+def _at(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"
+
+
+def function_name(func: Any) -> str:
+    """The metric name of a reward function: ``__name__``, looked up through ``functools.partial``, else the class."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    name = getattr(func, "__name__", None)
+    return name if isinstance(name, str) and name else type(func).__name__
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in found:
+            count += 1
+            candidate = f"{name}_{count}"
+        found.append(candidate)
+    return tuple(found)

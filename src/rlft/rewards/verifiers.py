@@ -1,0 +1,259 @@
+"""Verifiers: rewards that check an answer against a reference, without running anything the model wrote."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from rlft import _check
+from rlft.rewards.answers import Answer, Number, extract_answer, parse_answer, same_answer
+from rlft.rewards.text import completion_text
+
+__all__ = ["EquationVerifier", "ExactMatch", "MathVerifier"]
+
+logger = logging.getLogger("rlft.rewards")
+
+MARKERS = ("the final answer is", r"\boxed", "####")
+"""What may announce an answer, in any capitals; the one that comes last in the text counts."""
+FALLBACKS = ("whole", "last_number", "none")
+
+
+class MathVerifier:
+    r"""1 when the final answer of a completion equals the reference, 0 when not, None when the reference is unreadable.
+
+    The answer is what follows the last marker ("The final answer is 5.", ``\boxed{5}``, ``#### 5``), read by
+    :func:`rlft.rewards.answers.parse_answer`: numbers, fractions, decimals, percent, units, tuples, as exact
+    fractions. No sympy, no ``eval``; hostile text gives 0, never an error, and takes linear time.
+
+    Args:
+        markers: literals that announce an answer, matched in any capitals.
+        fallback: how to read a completion without a marker: ``"whole"`` (the completion is an answer and nothing
+            else), ``"last_number"``, or ``"none"`` (it scores 0).
+        tolerance: relative; used only where one side was written as a decimal. 0 compares exactly.
+        percent_is_ratio: whether ``50%`` is 1/2, or the sign is dropped like a unit (GSM8K references want that).
+        symbolic: ``(answer, reference) -> bool | None``, asked when one side is no number: see
+            :class:`rlft.rewards.symbolic.SymbolicChecker`. None: a reference that is no number is unscorable.
+        name: the metric name.
+
+    Raises:
+        ValueError: for an unknown fallback, no marker with ``fallback="none"``, or a bad tolerance.
+    """
+
+    def __init__(
+        self,
+        *,
+        markers: Sequence[str] = MARKERS,
+        fallback: str = "whole",
+        tolerance: float = 0.0,
+        percent_is_ratio: bool = True,
+        symbolic: Callable[[str, str], bool | None] | None = None,
+        name: str = "math_reward",
+    ) -> None:
+        if fallback not in FALLBACKS:
+            raise ValueError(f"fallback {fallback!r} is unknown{_check.suggestion(str(fallback), FALLBACKS)}")
+        if isinstance(markers, str) or not all(isinstance(marker, str) and marker for marker in markers):
+            raise ValueError(f"markers must be a list of non-empty strings, got {markers!r}")
+        if not markers and fallback == "none":
+            raise ValueError("without markers and with fallback='none' no completion can score; give one of the two")
+        _check.number("tolerance", tolerance, low=0.0)
+        self._markers = tuple(re.compile(re.escape(marker), re.IGNORECASE) for marker in markers)
+        self.fallback, self.tolerance, self.percent_is_ratio = fallback, tolerance, percent_is_ratio
+        self.symbolic = symbolic
+        self.__name__ = name
+        self._warned = False
+
+    def extract(self, text: str) -> str | None:
+        """The text of the final answer in a completion, None where there is none."""
+        return extract_answer(text, self._markers, fallback=self.fallback)
+
+    def verify(self, completion: str, reference: Any) -> bool | None:
+        """Whether the completion's final answer equals the reference; None where the reference cannot be judged.
+
+        Args:
+            completion: the text of a completion.
+            reference: text (a bare answer, or a solution that ends in one) or a number.
+        """
+        expected_text, expected = self._reference(reference)
+        if expected_text is None:
+            return None
+        answer = self.extract(completion)
+        found = self._parse(answer)
+        if expected is not None and found is not None:
+            return same_answer(found, expected, tolerance=self.tolerance)
+        if self.symbolic is not None and answer is not None:
+            return self.symbolic(answer, expected_text)
+        if self.symbolic is not None or expected is not None:
+            return False
+        return None
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        answer: Sequence[Any] | None = None,
+        solution: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Score completions against the column ``answer``, or ``solution`` where there is no ``answer``.
+
+        Raises:
+            ValueError: when the dataset has neither column.
+        """
+        references = answer if answer is not None else solution
+        if references is None:
+            raise ValueError(f"{self.__name__} needs the column 'answer' or 'solution'; add one to the dataset")
+        scores = []
+        for completion, reference in zip(completions, references, strict=True):
+            correct = self.verify(completion_text(completion), reference)
+            if correct is None and not self._warned:
+                self._warned = True
+                logger.warning(
+                    f"{self.__name__} cannot judge against the reference {str(reference)[-80:]!r}: "
+                    f"such rows are unscored"
+                )
+            scores.append(None if correct is None else float(correct))
+        return scores
+
+    def _parse(self, text: str | None) -> Answer | None:
+        return None if text is None else parse_answer(text, percent_is_ratio=self.percent_is_ratio)
+
+    def _reference(self, reference: Any) -> tuple[str | None, Answer | None]:
+        if isinstance(reference, (int, float, Fraction, Decimal)) and not isinstance(reference, bool):
+            value = _fraction(reference)
+            return (
+                (None, None) if value is None else (str(value), Number(value, isinstance(reference, (float, Decimal))))
+            )
+        if not isinstance(reference, str):
+            return None, None
+        text = extract_answer(reference, self._markers, fallback="whole")
+        return text, self._parse(text)
+
+
+def _fraction(number: Any) -> Fraction | None:
+    """The value a number shows when printed: 0.1 is 1/10, not the nearest binary fraction."""
+    if isinstance(number, float):
+        return Fraction(repr(number)) if math.isfinite(number) else None
+    if isinstance(number, Decimal):
+        # An exponent of a million would be a million-digit fraction.
+        return Fraction(number) if number.is_finite() and abs(number.adjusted()) <= 1000 else None
+    return Fraction(number)
+
+
+class EquationVerifier:
+    """1 when a completion is a prefix equation whose value is the answer, 0 when not, None without a reference.
+
+    ``- number0 number1`` with ``numbers = [8, 2]`` is 6. Operators ``+ - * /``; operands ``number<k>`` or plain decimal
+    constants. Values are exact fractions; a malformed equation or a division by zero scores 0.
+
+    Args:
+        tolerance: relative (absolute below 1): the references of such datasets are floats rounded to 4 digits or so.
+        constants: whether an equation may contain constants. Without them a policy cannot score by writing the answer.
+        max_tokens: a longer equation scores 0.
+        name: the metric name.
+    """
+
+    def __init__(
+        self, *, tolerance: float = 1e-4, constants: bool = True, max_tokens: int = 64, name: str = "equation_reward"
+    ) -> None:
+        _check.number("tolerance", tolerance, low=0.0)
+        _check.number("max_tokens", max_tokens, low=1)
+        self.tolerance, self.constants, self.max_tokens = tolerance, constants, max_tokens
+        self.__name__ = name
+
+    def evaluate(self, equation: str, numbers: Sequence[float]) -> Fraction | None:
+        """The value of a prefix equation, None where it is malformed, too long or divides by zero."""
+        if len(equation) > 32 * self.max_tokens:
+            return None
+        tokens = equation.split()
+        if not 0 < len(tokens) <= self.max_tokens:
+            return None
+        stack: list[Fraction] = []
+        for token in reversed(tokens):  # prefix notation read backwards needs a stack and no recursion
+            if token in ("+", "-", "*", "/"):
+                if len(stack) < 2:
+                    return None
+                left, right = stack.pop(), stack.pop()
+                if token == "/" and right == 0:
+                    return None
+                stack.append(_OPERATORS[token](left, right))
+            elif (operand := self._operand(token, numbers)) is not None:
+                stack.append(operand)
+            else:
+                return None
+        return stack[0] if len(stack) == 1 else None
+
+    def _operand(self, token: str, numbers: Sequence[float]) -> Fraction | None:
+        if match := _NUMBER_NAME.fullmatch(token):
+            index = int(match.group(1))
+            return _fraction(numbers[index]) if index < len(numbers) else None
+        if self.constants and _CONSTANT.fullmatch(token):
+            return Fraction(token)
+        return None
+
+    def __call__(
+        self, completions: Sequence[Any], numbers: Sequence[Any], answer: Sequence[Any], **_: Any
+    ) -> list[float | None]:
+        """Score completions against the columns ``numbers`` (a list per row) and ``answer``."""
+        scores: list[float | None] = []
+        for completion, values, reference in zip(completions, numbers, answer, strict=True):
+            expected = _fraction(reference) if isinstance(reference, (int, float)) else None
+            if expected is None or values is None:
+                scores.append(None)
+                continue
+            found = self.evaluate(completion_text(completion), values)
+            slack = Fraction(self.tolerance) * max(Fraction(1), abs(expected))
+            scores.append(float(found is not None and abs(found - expected) <= slack))
+        return scores
+
+
+_NUMBER_NAME = re.compile(r"number([0-9]{1,3})")
+_CONSTANT = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
+_OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+}
+
+
+class ExactMatch:
+    """1 when the completion's text is the reference's, 0 when not, None where the reference is None.
+
+    Surrounding whitespace is ignored.
+
+    Args:
+        column: the dataset column that holds the reference (a string, or a list of strings of which any will do).
+        ignore_case: compare in any capitals.
+        name: the metric name.
+    """
+
+    def __init__(self, *, column: str = "answer", ignore_case: bool = False, name: str = "exact_match") -> None:
+        self.column, self.ignore_case = column, ignore_case
+        self.__name__ = name
+
+    def _form(self, text: str) -> str:
+        return text.strip().casefold() if self.ignore_case else text.strip()
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Score completions against the column.
+
+        Raises:
+            ValueError: when the dataset has no such column.
+        """
+        if columns.get(self.column) is None:
+            raise ValueError(
+                f"{self.__name__} needs the column {self.column!r}{_check.suggestion(self.column, sorted(columns))}"
+            )
+        scores: list[float | None] = []
+        for completion, reference in zip(completions, columns[self.column], strict=True):
+            if reference is None:
+                scores.append(None)
+                continue
+            accepted = reference if isinstance(reference, (list, tuple)) else [reference]
+            text = self._form(completion_text(completion))
+            scores.append(float(any(text == self._form(str(item)) for item in accepted)))
+        return scores

@@ -1,0 +1,98 @@
+"""From logits to a token and its log-prob: filters and the inverse-CDF draw, each one pass over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlft.rollout.types import SamplingParams
+
+__all__ = ["draw", "filter_logits", "greedy"]
+
+_BLOCK = 256
+
+
+def filter_logits(
+    logits: Float[Tensor, "B V"], params: SamplingParams, seen: Bool[Tensor, "B V"] | None
+) -> Float[Tensor, "B V"]:
+    """Repetition penalty, temperature, top-k, top-p and min-p, with transformers' order and meaning.
+
+    Args:
+        logits: float32; may be changed in place.
+        params: the filters.
+        seen: which tokens occur in a row's prompt or completion; needed for the repetition penalty alone.
+
+    Returns:
+        The scores whose softmax is the distribution sampled from; -inf where a filter removed the token.
+    """
+    if params.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError("a repetition penalty needs the tokens seen so far; pass seen")
+        penalised = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if params.greedy:
+        return logits
+    if params.temperature != 1.0:
+        logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if params.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=False)
+        # Summed from the least likely up, so that a tail of tiny probabilities is not lost beside a large sum.
+        dropped = ordered.softmax(-1).cumsum(-1) <= 1.0 - params.top_p
+        dropped[:, -1] = False
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    if params.min_p > 0.0:
+        probs = logits.softmax(-1)
+        top, best = probs.max(-1, keepdim=True)
+        dropped = (probs < params.min_p * top).scatter(-1, best, False)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def greedy(scores: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """The most likely token and its log-prob."""
+    tokens = scores.argmax(-1)
+    return tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+
+
+def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """The token at quantile ``u`` of softmax(scores), and its log-prob.
+
+    The cumulative sum is taken over blocks of 256 first and then within one block, in float64: one pass over the
+    vocabulary, and no error that grows along it. A token of probability zero is never drawn.
+
+    Args:
+        scores: float32 ``[B, V]``, -inf where filtered out; not changed.
+        u: float64 ``[B]`` in [0, 1).
+
+    Raises:
+        ValueError: when a row's scores hold NaN or +inf, or nothing but -inf.
+    """
+    rows, vocab = scores.shape
+    highest = scores.max(-1, keepdim=True).values
+    if not bool(torch.isfinite(highest).all()):
+        bad = int((~torch.isfinite(highest[:, 0])).nonzero()[0, 0])
+        raise ValueError(
+            f"the logits of row {bad} have no finite maximum ({highest[bad].item()}), so no token can be drawn: "
+            f"the model's weights or activations overflowed"
+        )
+    blocks = -(-vocab // _BLOCK)
+    weights = scores.new_zeros((rows, blocks * _BLOCK))
+    torch.sub(scores, highest, out=weights[:, :vocab])
+    weights[:, :vocab].exp_()
+    blocked = weights.view(rows, blocks, _BLOCK)
+    edges = blocked.sum(-1).double().cumsum(-1)
+    total = edges[:, -1]
+    target = u * total
+    block = (edges <= target[:, None]).sum(-1).clamp(max=blocks - 1)
+    below = torch.where(block > 0, edges.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    inside = blocked[torch.arange(rows, device=scores.device), block]
+    cumulative = inside.double().cumsum(-1)
+    offset = (cumulative <= (target - below)[:, None]).sum(-1)
+    # Rounding may leave the target a hair past the block's own sum: then take its likeliest token.
+    offset = torch.where(offset < _BLOCK, offset, inside.argmax(-1))
+    tokens = block * _BLOCK + offset
+    return tokens, (scores.gather(-1, tokens[:, None])[:, 0] - highest[:, 0]).double() - total.log()

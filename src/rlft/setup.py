@@ -1,0 +1,455 @@
+"""Builds what a run needs from its settings, and refuses what cannot work before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlft import _check, recipes
+from rlft.config import Config, ConfigError
+from rlft.objective import Objective
+from rlft.source import OfflineSource, OnlineSource, Source
+from rlft.types import Batch
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["Parts", "Plan", "build", "objective", "source"]
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations", "num_iterations",
+             "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run, per process unless it says otherwise.
+
+    Attributes:
+        total_steps: optimizer steps.
+        draws: examples (offline) or prompts (online) drawn at once.
+        micro_batch_rows: completions per micro-batch.
+        micro_batch_groups: groups per micro-batch, where groups stay whole.
+        groups_per_step: groups per optimizer step.
+        updates_per_generation: optimizer steps fed by one generation, all iterations counted; 1 offline.
+        steps_per_epoch: optimizer steps that one pass over the data takes.
+    """
+
+    total_steps: int
+    draws: int
+    micro_batch_rows: int
+    micro_batch_groups: int
+    groups_per_step: int
+    updates_per_generation: int
+    steps_per_epoch: int
+
+
+@dataclass
+class Parts:
+    """What :func:`build` returns."""
+
+    accelerator: Any
+    tokenizer: Any
+    policy: Any
+    model: Any
+    optimizer: torch.optim.Optimizer
+    train_data: Any
+    eval_data: Any
+    rewards: Any
+    sampler: Any
+    replay: Any
+    plan: Plan
+
+
+def objective(config: Config, given: Objective | Callable[..., Any] | None) -> Objective:
+    """The objective of a run: as passed, by name, or ``module:function``."""
+    hyper = config.objective_hyper()
+    if isinstance(given, Objective):
+        if hyper or config.objective:
+            raise ConfigError("an Objective was passed, so `objective`, `beta`, `epsilon` and `objective_args` do nothing; drop them")
+        return given
+    if callable(given):
+        return Objective(given, **hyper)
+    if not config.objective:
+        raise ConfigError(f"objective is missing; name one of: {', '.join(recipes.names())}")
+    try:
+        if ":" in config.objective:
+            from rlft.rewards import load_reward
+
+            return Objective(load_reward(config.objective), **hyper)
+        return recipes.build(config.objective, **hyper)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build(
+    config: Config,
+    objective: Objective,
+    *,
+    model: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: Any,
+    reward_funcs: Any,
+    peft_config: Any,
+    ref_model: Any,
+    sampler: Any,
+    optimizer: torch.optim.Optimizer | None,
+) -> Parts:
+    """Everything of a run, in the order that fails cheapest first: settings, rewards, data, then models."""
+    from rlft import models, rollout
+
+    specs = reward_funcs if reward_funcs is not None else config.rewards
+    specs = [specs] if callable(specs) or isinstance(specs, (str, Mapping)) else list(specs)
+    _check_settings(config, objective, online=bool(specs))
+    accelerator = _accelerator(config)
+    source = model if model is not None else config.model
+    if source is None:
+        raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
+    train_rows, eval_rows = _rows(config, train_dataset, eval_dataset)
+    tokenizer = _tokenizer(config, tokenizer, source, train_rows)
+    train = _tokenize(config, train_rows, tokenizer, online=bool(specs))
+    held_out = _tokenize(config, eval_rows, tokenizer, online=bool(specs)) if eval_rows is not None else None
+    _check_data(config, objective, train, online=bool(specs))
+    rewards = _rewards(config, specs, accelerator.device) if specs else None
+
+    loaded = _load_policy(config, source, tokenizer, objective)
+    base = models.add_lora(loaded, _lora_settings(config, peft_config)) if peft_config is not None or config.use_peft else loaded
+    if "scores" in objective.needs:
+        policy = models.RewardScorer(base)
+    else:
+        policy = models.Policy(base, reference=_reference(config, ref_model, objective), critic=_critic(config, objective))
+    if config.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    models.check_trainable(policy)
+    optimizer = optimizer or _adamw(config, policy)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    policy.eval()  # dropout off: the ratio of a fresh sample is exactly 1 (adapters with dropout included)
+    if specs and sampler is None:
+        sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
+    replay = None
+    if config.replay_probability:
+        replay = rollout.ReplayBuffer(config.replay_capacity, probability=config.replay_probability)
+    return Parts(
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        policy=policy,
+        model=wrapped,
+        optimizer=getattr(optimizer, "optimizer", optimizer),
+        train_data=train,
+        eval_data=held_out,
+        rewards=rewards,
+        sampler=sampler,
+        replay=replay,
+        plan=plan(config, objective, len(train.examples), _rows_per_example(train), accelerator.num_processes, online=bool(specs)),
+    )
+
+
+# -- checks -------------------------------------------------------------------------------------------------------------
+def _check_settings(config: Config, objective: Objective, *, online: bool) -> None:
+    defaults = Config()
+    if not online:
+        idle = [name for name in _SAMPLING if getattr(config, name) != getattr(defaults, name)]
+        if idle or config.reward_weights is not None:
+            name = idle[0] if idle else "reward_weights"
+            raise ConfigError(f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it")
+    if online and not ({"rewards", "advantages"} & objective.needs):
+        raise ConfigError(f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy")
+    if objective.needs_reference is False and config.ref_model is not None:
+        raise ConfigError(f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); drop ref_model")
+    if not objective.needs_critic and config.critic is not None:
+        raise ConfigError(f"critic={config.critic!r} does nothing: objective {objective.name!r} has no values; drop critic")
+    if online:
+        n, micro = config.num_generations, config.per_device_train_batch_size
+        rows = micro * config.gradient_accumulation_steps
+        if n < objective.min_group:
+            raise ConfigError(f"objective {objective.name!r} compares answers of one prompt; set num_generations >= {objective.min_group}, got {n}")
+        if rows % n:
+            raise ConfigError(
+                f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
+                f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
+            )
+        if objective.needs_groups and micro % n:
+            raise ConfigError(
+                f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
+                f"a multiple of num_generations={n}; raise it, or lower num_generations"
+            )
+        _check_on_policy(config, objective)
+    elif objective.kl == "reward" or objective.advantage == "gae":
+        raise ConfigError(f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online")
+
+
+def _check_on_policy(config: Config, objective: Objective) -> None:
+    """Estimators that are biased for samples of another distribution are refused, naming the unbiased one (agro.md c3)."""
+    steps = (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
+    foreign = {
+        "num_iterations": config.num_iterations > 1,
+        "steps_per_generation": steps > 1,
+        "top_p": config.top_p < 1,
+        "top_k": config.top_k > 0,
+        "min_p": config.min_p > 0,
+        "repetition_penalty": config.repetition_penalty != 1,
+        "replay_probability": config.replay_probability > 0,
+    }
+    for name, on in foreign.items():
+        if on and objective.on_policy_only:
+            raise ConfigError(
+                f"objective {objective.name!r} is biased for samples that the current policy did not draw, and "
+                f"{name}={getattr(config, name)!r} gives such samples; use agro_off_policy, or drop {name}"
+            )
+    if config.replay_probability > 0 and {"old_logps", "values"} & objective.needs:
+        raise ConfigError(
+            f"objective {objective.name!r} needs log-probs of the policy that sampled, which replayed answers lack; "
+            f"use agro_off_policy with replay_probability, or set it to 0"
+        )
+
+
+def _check_data(config: Config, objective: Objective, data: Any, *, online: bool) -> None:
+    kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
+    wanted = [kind for kind, needed in kinds.items() if needed]
+    if wanted and data.format not in wanted:
+        raise ConfigError(f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows; see docs/data")
+    if objective.needs_rewards and not online and data.format != "ranked" and not (data.format == "preference" and config.pair_rewards):
+        raise ConfigError(
+            f"objective {objective.name!r} needs rewards: give `rewards` to train online, rows with several scored completions, "
+            f"or preference rows with pair_rewards: [0.5, -0.5]; got {data.format!r} rows"
+        )
+    if config.pair_rewards is not None and (data.format != "preference" or not objective.needs_rewards):
+        raise ConfigError(f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it")
+    if not online and not data.examples[0].completions:
+        raise ConfigError("the rows hold prompts only; give `rewards` to sample answers online, or rows with completions")
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------------------
+def plan(config: Config, objective: Objective, examples: int, rows_per_example: int, world: int, *, online: bool) -> Plan:
+    """Batch sizes and step counts. Online, per_device_train_batch_size counts completions, as in TRL."""
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if online:
+        n = config.num_generations
+        micro_steps = config.steps_per_generation or accumulation
+        draws = micro * micro_steps // n
+        updates = micro_steps // accumulation * config.num_iterations
+        groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
+    else:
+        draws = groups = micro * accumulation
+        updates, rows, micro_groups = 1, micro * rows_per_example, micro
+    if examples < draws * world:
+        raise ConfigError(
+            f"{examples} training examples are fewer than one step takes ({draws} on each of {world} processes); lower "
+            f"per_device_train_batch_size or gradient_accumulation_steps, or add data"
+        )
+    per_epoch = math.ceil(examples / (draws * world)) * updates
+    total = config.max_steps if config.max_steps is not None else max(1, math.ceil(per_epoch * config.num_train_epochs))
+    if config.warmup_steps > total:
+        raise ConfigError(f"warmup_steps={config.warmup_steps} is more than the {total} steps of this run; lower warmup_steps")
+    return Plan(total, draws, rows, micro_groups, groups, updates, per_epoch)
+
+
+def source(trainer: Trainer) -> Source:
+    """Where the trainer's micro-batches come from."""
+    from rlft.data import EpochSampler, collate
+
+    c, p, data = trainer.config, trainer.plan, trainer.train_data
+    pad_id = trainer.tokenizer.pad_token_id
+    order = EpochSampler(
+        len(data.examples), batch_size=p.draws * trainer.world_size, seed=c.seed, rank=trainer.rank, world_size=trainer.world_size
+    )
+
+    def split(batch: Batch) -> list[Batch]:
+        if trainer.online and not trainer.objective.needs_groups:
+            return batch.split(p.micro_batch_rows, keep_groups=False)
+        return batch.split_groups(p.micro_batch_groups)
+
+    if trainer.online:
+        return OnlineSource(
+            order,
+            lambda indices, step: trainer.rollout(indices, step),
+            lambda batch: trainer.prepare(batch),
+            lambda batch: batch.split_groups(p.groups_per_step),
+            split,
+            c.num_iterations,
+        )
+    pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
+    return OfflineSource(
+        order,
+        lambda indices: collate([data.examples[i] for i in indices], pad_id=pad_id, pair_rewards=pair_rewards).to(trainer.device),
+        lambda batch: trainer.prepare(batch),
+        split,
+    )
+
+
+def _rows_per_example(data: Any) -> int:
+    return max((len(e.completions) for e in data.examples), default=1) or 1
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------------
+def _accelerator(config: Config) -> Any:
+    from accelerate import Accelerator
+
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision='fp16' needs a CUDA device; use 'no' or 'bf16'")
+    trackers = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
+    return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
+
+
+def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any]:
+    from rlft.data import load_rows
+
+    source = train if train is not None else config.train_data
+    if source is None:
+        raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
+    rows = load_rows(source)
+    target = held_out if held_out is not None else config.eval_data
+    held = load_rows(target) if target is not None else None
+    if config.columns:
+        rows, held = _renamed(rows, config.columns), _renamed(held, config.columns) if held is not None else None
+    if config.eval_fraction is not None:
+        parts = rows.train_test_split(test_size=config.eval_fraction, seed=config.seed)
+        rows, held = parts["train"], parts["test"]
+    if held is None:
+        for name in ("eval_steps", "eval_rows"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} does nothing without evaluation data; give eval_data or eval_fraction")
+        if config.eval_on_start:
+            raise ConfigError("eval_on_start does nothing without evaluation data; give eval_data or eval_fraction")
+    elif config.eval_rows is not None:
+        held = held.select(range(min(config.eval_rows, len(held))))
+    return rows, held
+
+
+def _renamed(rows: Any, columns: Mapping[str, str]) -> Any:
+    for expected, present in columns.items():
+        if present not in rows.column_names:
+            raise ConfigError(
+                f"columns: {expected}: the data has no column {present!r}{_check.suggestion(present, list(rows.column_names))}"
+            )
+    return rows.rename_columns({present: expected for expected, present in columns.items()})
+
+
+def _tokenizer(config: Config, given: Any, source: Any, rows: Any) -> Any:
+    from rlft import models
+
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    name = given if given is not None else config.tokenizer
+    if isinstance(name, Mapping):
+        return models.train_tokenizer(rows, **name)
+    if name is None and isinstance(source, (str, Path)):
+        name = source
+    if name is None:
+        path = getattr(getattr(source, "config", None), "_name_or_path", "")
+        if not path:
+            raise ConfigError("the tokenizer is missing; pass processing_class, or set tokenizer")
+        name = path
+    return models.load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+
+
+def _tokenize(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any:
+    from rlft.data import tokenize
+
+    form = "prompt" if online and config.data_format == "auto" else config.data_format
+    return tokenize(
+        rows,
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        format=form,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def _rewards(config: Config, specs: list[Any], device: torch.device) -> Any:
+    from rlft import models
+    from rlft.rewards import RewardSet, load_reward
+
+    functions = []
+    for spec in specs:
+        if isinstance(spec, (str, Path)) and Path(spec).is_dir():
+            functions.append(models.ModelReward.from_pretrained(spec, device=device))
+        else:
+            functions.append(load_reward(spec))
+    return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
+
+
+def _load_policy(config: Config, source: Any, tokenizer: Any, objective: Objective) -> Any:
+    from rlft import models
+
+    if isinstance(source, Mapping):
+        source = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+                  "bos_token_id": tokenizer.bos_token_id, **source}  # fmt: skip
+    load = models.load_sequence_classifier if "scores" in objective.needs else models.load_causal_lm
+    return load(
+        source,
+        dtype=config.dtype,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        seed=config.seed,
+        **({"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit} if config.load_in_4bit or config.load_in_8bit else {}),
+    )
+
+
+def _lora_settings(config: Config, given: Any) -> Any:
+    from rlft.models import LoraSettings
+
+    if given is not None:
+        return LoraSettings(**given) if isinstance(given, Mapping) else given
+    return LoraSettings(
+        r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=config.lora_target_modules
+    )
+
+
+def _reference(config: Config, given: Any, objective: Objective) -> Any:
+    if not objective.needs_reference:
+        return "none"
+    target = given if given is not None else config.ref_model
+    if target is None:
+        return "auto"
+    from rlft.models import load_causal_lm
+
+    return load_causal_lm(target, dtype=config.dtype) if isinstance(target, (str, Path)) else target
+
+
+def _critic(config: Config, objective: Objective) -> Any:
+    if not objective.needs_critic:
+        return "none"
+    if config.critic in (None, "shared"):
+        return "shared"
+    from rlft.models import load_causal_lm
+
+    return load_causal_lm(config.critic, dtype=config.dtype)
+
+
+def _adamw(config: Config, policy: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights; vectors (norms, biases) are not decayed."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def gather_metrics(accelerator: Any, sums: Any) -> dict[str, float]:
+    """Means over all processes, under sums and counts that were added up before dividing."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        states = gather_object([sums.state_dict()])
+        merged = type(sums).from_state(states[0])
+        for state in states[1:]:
+            merged.merge(type(sums).from_state(state))
+        sums = merged
+    return sums.means()

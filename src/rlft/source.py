@@ -1,0 +1,100 @@
+"""Where a step's micro-batches come from: a dataset, or answers sampled from the policy. Exact state for resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlft.types import Batch
+
+__all__ = ["OfflineSource", "OnlineSource", "Source"]
+
+
+class Source(Protocol):
+    """Gives this process the micro-batches of one optimizer step, in order, and says where it stands."""
+
+    def next(self, step: int) -> list[Batch]: ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
+
+
+class OfflineSource:
+    """Examples from a dataset, collated; one draw per optimizer step.
+
+    Args:
+        order: yields this process's example indices for one step; has ``state_dict`` and ``load_state_dict``.
+        make_batch: examples' indices -> Batch.
+        prepare: fills in what the objective needs before the forward pass.
+        split: Batch -> micro-batches.
+    """
+
+    def __init__(
+        self,
+        order: Any,
+        make_batch: Callable[[Sequence[int]], Batch],
+        prepare: Callable[[Batch], Batch],
+        split: Callable[[Batch], list[Batch]],
+    ) -> None:
+        self.order, self.make_batch, self.prepare, self.split = order, make_batch, prepare, split
+
+    def next(self, step: int) -> list[Batch]:
+        indices = next(self.order)
+        return self.split(self.prepare(self.make_batch(indices))) if indices else []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"order": self.order.state_dict()}
+
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        self.order.load_state_dict(record["order"])
+
+
+class OnlineSource:
+    """Answers sampled from the policy: one generation feeds ``updates`` optimizer steps, ``iterations`` times.
+
+    The steps that are still to be fed wait in a queue, which is part of the state: a run that stops in the middle of a
+    generation resumes in the middle of it (TRL 1.16 regenerates instead; conventions.md R3).
+
+    Args:
+        order: yields this process's prompt indices for one generation.
+        rollout: (prompt indices, step) -> Batch with rewards.
+        prepare: fills in what the objective needs; once per generation, under the weights that sampled it.
+        cut: Batch -> one Batch per optimizer step.
+        split: Batch -> micro-batches.
+        iterations: passes over one generation.
+    """
+
+    def __init__(
+        self,
+        order: Any,
+        rollout: Callable[[Sequence[int], int], Batch],
+        prepare: Callable[[Batch], Batch],
+        cut: Callable[[Batch], list[Batch]],
+        split: Callable[[Batch], list[Batch]],
+        iterations: int,
+    ) -> None:
+        self.order, self.rollout, self.prepare, self.cut, self.split = order, rollout, prepare, cut, split
+        self.iterations = iterations
+        self.queue: list[Batch] = []
+
+    def next(self, step: int) -> list[Batch]:
+        if not self.queue:
+            batch = self.prepare(self.rollout(next(self.order), step))
+            self.queue = self.cut(batch) * self.iterations
+        return self.split(self.queue.pop(0))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"{i}/{name}": t for i, batch in enumerate(self.queue) for name, t in batch.tensors().items()}
+        return tensors, {"order": self.order.state_dict(), "queued": len(self.queue)}
+
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        self.order.load_state_dict(record["order"])
+        self.queue = []
+        for i in range(record["queued"]):
+            prefix = f"{i}/"
+            self.queue.append(
+                Batch.from_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            )

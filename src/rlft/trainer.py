@@ -1,0 +1,422 @@
+"""The one loop. It knows no algorithm: the objective says what it needs, the sources bring it.
+
+One optimizer step::
+
+    source.next -> micro-batches (online: sample, score; then reference, old log-probs, advantages)
+    -> denominators counted over all micro-batches and processes
+    -> for each micro-batch: forward, objective, backward
+    -> clip, guard, step; metrics under the same denominators
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft import _state, display, evaluate, setup
+from rlft.config import Config
+from rlft.errors import Interrupted, TrainingError
+from rlft.metrics import MetricsLog, MetricSums
+from rlft.objective import Objective
+from rlft.rollout import fold_seed
+from rlft.schedule import learning_rate
+from rlft.types import Batch
+
+__all__ = ["Trainer"]
+
+Callback = Callable[[str, "Trainer", Mapping[str, Any]], None]
+
+
+class Trainer:
+    """Trains a policy (or a reward model) on any objective, offline or online.
+
+    Args:
+        model: hub id, local folder, config mapping, or a module in memory (plain or PEFT). Default: ``args.model``.
+        args: a :class:`~rlft.config.Config`, or a mapping of its fields.
+        objective: an :class:`~rlft.objective.Objective` or a loss function; default: ``args.objective`` by name.
+        train_dataset: rows in memory or a path; default ``args.train_data``.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; default: the one beside the model.
+        reward_funcs: functions with TRL's signature, names, or folders. Giving some makes the run online.
+        peft_config: LoRA settings (``peft.LoraConfig``, ``LoraSettings`` or a mapping); adapters are added to the model.
+        ref_model: reference; default: the policy as it was passed.
+        sampler: a :class:`~rlft.rollout.Sampler`; default by ``args.sampler``.
+        optimizers: (optimizer or None, None); the learning rate follows ``args`` unless an optimizer is given.
+        callbacks: called as ``callback(event, trainer, values)`` for ``step``, ``evaluate``, ``save`` and ``end``.
+
+    Raises:
+        ConfigError: for settings that cannot work, before anything is loaded where possible.
+        ValueError: for data or models that do not fit.
+
+    Override ``rollout``, ``score``, ``prepare``, ``compute_loss``, ``optimizer_step`` or ``evaluate`` to change a stage.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Config | Mapping[str, Any] | None = None,
+        *,
+        objective: Objective | Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_funcs: Any = None,
+        peft_config: Any = None,
+        ref_model: Any = None,
+        sampler: Any = None,
+        optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
+        self.config = args if isinstance(args, Config) else Config.from_dict(args or {})
+        self.objective = setup.objective(self.config, objective)
+        parts = setup.build(
+            self.config,
+            self.objective,
+            model=model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            tokenizer=processing_class,
+            reward_funcs=reward_funcs,
+            peft_config=peft_config,
+            ref_model=ref_model,
+            sampler=sampler,
+            optimizer=optimizers[0],
+        )
+        self.accelerator, self.tokenizer, self.policy = parts.accelerator, parts.tokenizer, parts.policy
+        self.model, self.optimizer = parts.model, parts.optimizer
+        self.train_data, self.eval_data = parts.train_data, parts.eval_data
+        self.rewards, self.sampler, self.replay = parts.rewards, parts.sampler, parts.replay
+        self.plan, self.own_schedule = parts.plan, optimizers[0] is None
+        self.source = setup.source(self)
+        self.callbacks = list(callbacks)
+        self.step = 0
+        self.tokens_seen = 0
+        self.unscored_steps = 0
+        self.run_dir = Path(self.config.output_dir)
+        self.metrics: MetricSums = MetricSums()
+        self._signalled: int | None = None
+        self._boundary: _state.Light | None = None
+
+    # -- where this process stands ----------------------------------------------------------------------------------
+    @property
+    def online(self) -> bool:
+        """Whether answers are sampled during training."""
+        return self.rewards is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def scoring_temperature(self) -> float:
+        """Log-probs are those of the distribution that sampled: its temperature divides the logits."""
+        return self.config.temperature if self.online else 1.0
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
+        """Run to the last step; continue a stopped run in the same folder.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, True for the newest of the run, False for none; default:
+                ``args.resume``.
+
+        Returns:
+            The last logged metrics, evaluation included.
+
+        Raises:
+            TrainingError: when the run cannot go on; the newest checkpoint is intact.
+            Interrupted: after SIGTERM or SIGUSR1; the run was saved.
+        """
+        with _state.locked(self), self._signals():
+            resumed = _state.resume(self, resume_from_checkpoint)
+            if self.is_main:
+                display.start(self, resumed)
+            if self.step >= self.plan.total_steps:
+                display.say(self, f"this run is complete ({self.step} steps); nothing to do")
+                return {}
+            log = _state.open_log(self)
+            last: dict[str, float] = {}
+            if self.config.self_checks and not resumed:
+                setup.self_check(self)
+            if self.config.eval_on_start and self.step == 0 and self.eval_data is not None:
+                last |= self._evaluate_and_log(log)
+            try:
+                with display.progress(self) as bar:
+                    while self.step < self.plan.total_steps:
+                        last |= self._one_step(log)
+                        bar(last)
+                if self.eval_data is not None and (
+                    self.config.eval_steps is None or self.step % self.config.eval_steps
+                ):
+                    last |= self._evaluate_and_log(log)
+                _state.save(self)
+            except Interrupted:
+                _state.save_boundary(self)
+                raise
+            self._call("end", last)
+            display.end(self, last)
+        return last
+
+    def _one_step(self, log: MetricsLog) -> dict[str, float]:
+        self._boundary = _state.light(self)
+        started = time.perf_counter()
+        values = self.train_step()
+        self.step += 1
+        values |= {"step_time": time.perf_counter() - started, "num_tokens": float(self.tokens_seen)}
+        if self.step % self.config.logging_steps == 0 or self.step == self.plan.total_steps:
+            values = self._flush_metrics() | values
+            self.log(values, log)
+        self._call("step", values)
+        if self.config.eval_steps and self.eval_data is not None and self.step % self.config.eval_steps == 0:
+            self._boundary = _state.light(self)
+            values |= self._evaluate_and_log(log)
+        if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.plan.total_steps:
+            _state.save(self)
+        self.poll(boundary=True)
+        return values
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
+        micro_batches = self._equal_counts(self.source.next(self.step))
+        denominators = self.count(micro_batches)
+        started = time.perf_counter()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                part = self.compute_loss(batch, denominators)
+                # DistributedDataParallel averages gradients over processes; the denominators are global already
+                self.accelerator.backward(part * self.world_size)
+            loss += part.detach().double()
+        loss = self.accelerator.reduce(loss, reduction="sum")
+        norm = self.optimizer_step(float(loss), update=bool((denominators > 0).any()))
+        return {
+            "loss": float(loss),
+            "grad_norm": norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "update_time": time.perf_counter() - started,
+        }
+
+    def count(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Denominators of every loss term over all micro-batches and processes, before the first backward pass."""
+        local = sum((self.objective.denominators(b) for b in micro_batches), torch.zeros(len(self.objective.terms)))
+        assert isinstance(local, Tensor)
+        tokens = torch.tensor([float(sum(b.num_tokens for b in micro_batches))], dtype=torch.float64)
+        both = torch.cat([local.double().cpu(), tokens]).to(self.device)
+        both = self.accelerator.reduce(both, reduction="sum")
+        self.tokens_seen += int(both[-1])
+        return both[:-1].cpu()
+
+    def compute_loss(self, batch: Batch, denominators: Tensor) -> Tensor:
+        """Forward pass and objective of one micro-batch.
+
+        Args:
+            batch: a prepared micro-batch on this device.
+            denominators: one count per loss term, over the whole step.
+
+        Returns:
+            A scalar; its sum over micro-batches and processes is the step's loss.
+        """
+        outputs = self.forward(batch, self._wanted(batch))
+        loss, results = self.objective.compute(outputs, batch, denominators)
+        for result in results:
+            for name, values in result.metrics.items():
+                self.metrics.add(
+                    name, values, result.counted if values.shape == result.counted.shape else _rows(values, batch)
+                )
+        if "entropy" in outputs:
+            self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
+        return loss
+
+    def forward(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        """The model's outputs on a batch, by name; through the module that accelerate wrapped."""
+        return self.model(batch, want=want, temperature=self.scoring_temperature)
+
+    def _wanted(self, batch: Batch) -> frozenset[str]:
+        wanted = set(self.objective.forward_needs)
+        if batch.ref_logps is not None:
+            wanted -= {"ref_logps"}
+        if self.online:
+            wanted |= {"entropy"}
+        return frozenset(wanted)
+
+    def optimizer_step(self, loss: float, *, update: bool = True) -> float:
+        """Measure, guard, clip and apply the gradient.
+
+        Args:
+            loss: the step's loss, checked to be finite.
+            update: False when nothing was scored: the weights and the optimizer's moments stay as they are.
+
+        Returns:
+            The gradient norm before clipping.
+
+        Raises:
+            TrainingError: when loss or gradient is not finite; nothing was applied.
+        """
+        limit = self.config.max_grad_norm
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.model.parameters(), limit if limit is not None else float("inf"))
+        )
+        if not (_finite(loss) and _finite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"step {self.step + 1}: loss={loss}, gradient norm={norm}; the step was not applied and the weights are "
+                f"those of step {self.step}. Lower learning_rate (now {self.config.learning_rate:g}), or look at the batch: "
+                f"rewards and log-probs must be finite"
+            )
+        if update:
+            if self.own_schedule:
+                rate = self._rate(self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _rate(self, step: int) -> float:
+        c = self.config
+        return learning_rate(
+            step,
+            peak=c.learning_rate,
+            schedule=c.lr_scheduler_type,
+            warmup_steps=c.warmup_steps,
+            total_steps=self.plan.total_steps,
+        )
+
+    # -- stages made to be overridden ------------------------------------------------------------------------------
+    def rollout(self, indices: Sequence[int], step: int) -> Batch:
+        """Sample ``num_generations`` answers for each prompt and score them.
+
+        Args:
+            indices: examples of the training data.
+            step: optimizer steps taken; decides the seed together with the process's rank.
+        """
+        from rlft import online
+
+        return online.rollout(
+            self,
+            [self.train_data.examples[i] for i in indices],
+            seed=fold_seed(self.config.seed, rank=self.rank, step=step),
+        )
+
+    def score(
+        self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]
+    ) -> Any:
+        """Rewards of sampled answers; one entry per completion. See :class:`rlft.rewards.RewardSet`."""
+        from rlft import online
+
+        return online.score(self, examples, completions, completion_ids)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Fill in what must be known before the first forward pass: old and reference log-probs, values, advantages."""
+        from rlft import online
+
+        return self.objective.prepare(online.fill_constants(self, batch))
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Metrics on held-out data, prefixed ``eval_``. Offline: the objective's; online: rewards of greedy answers."""
+        return evaluate.run(self, eval_dataset)
+
+    def log(self, values: dict[str, float], log: MetricsLog) -> None:
+        """One line in metrics.jsonl, and to the trackers."""
+        if self.is_main:
+            log.write(self.step, values)
+        self.accelerator.log({k: v for k, v in values.items() if _finite(v)}, step=self.step)
+
+    def save_model(self, folder: str | Path) -> None:
+        """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft."""
+        if self.is_main:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def poll(self, *, boundary: bool = False) -> None:
+        """Stop where a signal asked for it. Called between steps, and inside sampling, rewards and evaluation."""
+        if self.world_size == 1:
+            stop = self._signalled is not None
+        elif boundary:  # one process's signal stops all of them, at the same step
+            flag = torch.tensor([self._signalled or 0], device=self.device)
+            stop = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        else:
+            return
+        if stop:
+            if boundary:
+                self._boundary = _state.light(self)
+            raise Interrupted(self.step)
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+    def _equal_counts(self, micro_batches: list[Batch]) -> list[Batch]:
+        """As many micro-batches on every process: sharded forward passes wait for each other. Empty ones are masked."""
+        batches = [b.to(self.device) for b in micro_batches]
+        if self.world_size == 1:
+            return batches
+        counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.device))
+        if not batches:
+            raise TrainingError(
+                f"step {self.step + 1}: process {self.rank} has no examples; use a larger dataset or fewer processes"
+            )
+        blank = batches[0].replace(mask=torch.zeros_like(batches[0].mask))
+        return batches + [blank] * (int(counts.max()) - len(batches))
+
+    def _flush_metrics(self) -> dict[str, float]:
+        values = setup.gather_metrics(self.accelerator, self.metrics)
+        self.metrics = MetricSums()
+        return values
+
+    def _evaluate_and_log(self, log: MetricsLog) -> dict[str, float]:
+        values = self.evaluate()
+        self.log(values, log)
+        self._call("evaluate", values)
+        return values
+
+    def _call(self, event: str, values: Mapping[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback(event, self, values)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        """SIGTERM and SIGUSR1 set a flag; the loop saves and stops at the next safe place."""
+
+        def note(number: int, frame: Any) -> None:
+            self._signalled = number
+
+        try:
+            previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        except ValueError:  # not the main thread: signals belong to the caller
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _rows(values: Tensor, batch: Batch) -> Tensor:
+    """The mask of a metric that is per row where the loss is per token, or per token where the loss is per row."""
+    if values.shape == batch.mask.shape:
+        return batch.mask
+    alive = batch.mask.any(-1)
+    return alive if values.shape == alive.shape else torch.ones_like(values, dtype=torch.bool)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

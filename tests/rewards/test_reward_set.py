@@ -1,0 +1,338 @@
+"""RewardSet: TRL's call convention, the sums, and every bad input of rows 33 to 42."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import threading
+import time
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rlft.rewards import RewardError, RewardSet
+
+NAN = float("nan")
+PROMPTS = ["p", "p", "q"]
+COMPLETIONS = ["a", "bb", "ccc"]
+IDS = [[1], [1, 2], [1, 2, 3]]
+
+
+def score(rewards, *, columns=None, state=None, **kwargs):
+    return rewards(PROMPTS, COMPLETIONS, IDS, columns or {}, state, **kwargs)
+
+
+def returning(value, name="judge"):
+    def func(**_):
+        return value
+
+    func.__name__ = name
+    return func
+
+
+def test_functions_get_every_argument_by_keyword():
+    seen = {}
+
+    def judge(*args, **kwargs):
+        assert not args
+        seen.update(kwargs)
+        return [1.0, 2.0, 3.0]
+
+    state = SimpleNamespace(global_step=3)
+    columns = {"answer": ["x", "y", "z"], "prompt": PROMPTS, "completion": COMPLETIONS}
+    output = score(RewardSet(judge), columns=columns, state=state)
+    assert seen == {
+        "prompts": PROMPTS,
+        "completions": COMPLETIONS,
+        "completion_ids": IDS,
+        "answer": ["x", "y", "z"],
+        "trainer_state": state,
+    }
+    assert output.rewards.tolist() == [1.0, 2.0, 3.0]
+    assert output.rewards.dtype == torch.float32
+    assert output.names == ("judge",)
+
+
+def test_a_function_without_kwargs_gets_only_what_it_names():
+    def length(completions, answer):
+        return [float(len(c)) + len(a) for c, a in zip(completions, answer, strict=True)]
+
+    output = score(RewardSet(length), columns={"answer": ["x", "y", "z"], "other": [1, 2, 3]})
+    assert output.rewards.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_a_missing_column_is_named_with_the_ones_there_are():
+    def judge(completions, anwser):
+        return [0.0] * 3
+
+    with pytest.raises(ValueError, match=r"'judge' needs the parameter 'anwser'.*offers answer.*did you mean 'answer'"):
+        score(RewardSet(judge), columns={"answer": ["x", "y", "z"]})
+
+
+def test_weights_and_none_follow_nansum():
+    first = returning([1.0, None, None], "first")
+    second = returning([10.0, 20.0, None], "second")
+    logged = returning([5.0, 5.0, 5.0], "logged")
+    output = score(RewardSet([first, second, logged], weights=[2.0, 0.5, 0.0]))
+    assert output.rewards[:2].tolist() == [2.0 * 1 + 0.5 * 10, 0.5 * 20]
+    assert torch.isnan(output.rewards[2])  # scored only by a function of weight 0
+    assert output.unscored == 1
+    assert not output.all_unscored
+    expected = torch.tensor([[1.0, 10, 5], [NAN, 20, 5], [NAN, NAN, 5]])
+    torch.testing.assert_close(output.each, expected, equal_nan=True, rtol=0, atol=0)
+    metrics = output.metrics()
+    assert metrics["rewards/first/mean"] == 1.0
+    assert metrics["rewards/first/std"] == 0.0
+    assert metrics["rewards/second/mean"] == 15.0
+    assert metrics["rewards/second/std"] == pytest.approx(50**0.5, rel=1e-12)  # unbiased: sqrt(2 * 25 / 1)
+    assert metrics["rewards/unscored"] == pytest.approx(1 / 3)
+
+
+def test_a_function_that_scored_nothing_has_no_mean():
+    output = score(RewardSet([returning([None] * 3, "none"), returning([1.0] * 3, "one")]))
+    assert "rewards/none/mean" not in output.metrics()
+    assert output.rewards.tolist() == [1.0] * 3
+
+
+def test_names_come_from_the_functions_and_never_collide():
+    class Judge:
+        def __call__(self, **_):
+            return [0.0] * 3
+
+    def judge(scale, **_):
+        return [scale] * 3
+
+    rewards = RewardSet([functools.partial(judge, 1.0), functools.partial(judge, 2.0), Judge()])
+    assert rewards.names == ("judge", "judge_2", "Judge")
+    assert score(rewards).rewards.tolist() == [3.0] * 3
+    assert RewardSet([judge, Judge()], names=["x", "y"]).names == ("x", "y")
+
+
+def test_async_functions_run_at_once_beside_plain_ones():
+    gate_open = asyncio.Event
+
+    class Pair:
+        gate = None
+
+    async def waits(completions, **_):
+        Pair.gate = gate_open()
+        await asyncio.wait_for(Pair.gate.wait(), 5)
+        return [1.0] * len(completions)
+
+    async def opens(completions, **_):
+        while Pair.gate is None:
+            await asyncio.sleep(0)
+        Pair.gate.set()  # were they run one after the other, waits() would time out
+        return [2.0] * len(completions)
+
+    rewards = RewardSet([waits, returning([4.0] * 3), opens])
+    assert score(rewards).each.tolist() == [[1.0, 4.0, 2.0]] * 3
+
+    async def in_a_running_loop():
+        return score(rewards)
+
+    assert asyncio.run(in_a_running_loop()).rewards.tolist() == [7.0] * 3
+
+
+def test_async_call_method():
+    class Judge:
+        async def __call__(self, completions, **_):
+            await asyncio.sleep(0)
+            return [1.0] * len(completions)
+
+    assert score(RewardSet(Judge())).rewards.tolist() == [1.0] * 3
+
+
+def test_a_function_cannot_disturb_the_next():
+    def pops(completions, answer, **_):
+        completions.pop()
+        answer.clear()
+        return [0.0] * 3
+
+    def counts(completions, answer, **_):
+        return [float(len(completions) + len(answer))] * 3
+
+    columns = {"answer": ["x", "y", "z"]}
+    assert score(RewardSet([pops, counts]), columns=columns).rewards.tolist() == [6.0] * 3
+    assert columns["answer"] == ["x", "y", "z"]
+
+
+# -- bad inputs -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [1.0, "abc", None, {"a": 1}, torch.tensor(1.0), torch.zeros(3, 1), np.zeros((3, 1))])
+def test_33_not_one_scalar_per_row(value):
+    with pytest.raises(RewardError, match=r"'judge' must return a list with one number or None per completion \(3\)"):
+        score(RewardSet(returning(value)))
+
+
+@pytest.mark.parametrize("value", [[0.0, [1.0], 0.0], [0.0, torch.zeros(2), 0.0], [0.0, np.zeros(2), 0.0]])
+def test_33_a_list_in_a_row(value):
+    with pytest.raises(RewardError, match="'judge' returned .* for row 1") as caught:
+        score(RewardSet(returning(value)))
+    assert (caught.value.function, caught.value.row) == ("judge", 1)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf"), torch.tensor(NAN), np.float32("nan"), 10**400])
+def test_34_not_finite(bad):
+    with pytest.raises(RewardError, match=r"'judge' returned (nan|-?inf) for row 2 at step 7; a reward must be finite") as e:
+        score(RewardSet(returning([0.0, 0.0, bad])), state=SimpleNamespace(global_step=7))
+    assert (e.value.function, e.value.step, e.value.row) == ("judge", 7, 2)
+
+
+def test_35_36_none_is_unscored_warned_once_and_counted(caplog):
+    rewards = RewardSet(returning([None, None, None]))
+    with caplog.at_level(logging.WARNING, logger="rlft.rewards"):
+        for _ in range(3):
+            output = score(rewards)
+    assert output.all_unscored
+    assert rewards.unscored_in_a_row == 3
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2
+    assert "'judge' returned None" in messages[0]
+    assert "no completion of this batch has a reward" in messages[1]
+    rewards.funcs = (returning([1.0, None, None]),)
+    assert not score(rewards).all_unscored
+    assert rewards.unscored_in_a_row == 0
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.bool_(True), Fraction(1), torch.tensor(1)])
+def test_37_other_numbers_are_taken_as_floats(value, caplog):
+    rewards = RewardSet(returning([value] * 3))
+    with caplog.at_level(logging.WARNING, logger="rlft.rewards"):
+        assert score(rewards).rewards.tolist() == [1.0] * 3
+        score(rewards)
+    kinds = [r.message for r in caplog.records if "taken as a float" in r.message]
+    assert len(kinds) == (0 if isinstance(value, np.floating) else 1)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, 2.0, 3.0]), np.array([1.0, 2, 3]), np.array([1, 2, 3]), (1.0, 2.0, 3.0)])
+def test_plain_arrays_are_lists(value):
+    assert score(RewardSet(returning(value))).rewards.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (["1.0", 0.0, 0.0], "of type str"),
+        ([torch.tensor(1.0, requires_grad=True), 0.0, 0.0], "requires grad"),
+        (torch.ones(3, requires_grad=True), "requires grad"),
+        ([1j, 0.0, 0.0], "of type complex"),
+    ],
+)
+def test_38_strings_and_gradients_are_refused(value, what):
+    with pytest.raises(RewardError, match=what):
+        score(RewardSet(returning(value)))
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_39_wrong_count(count):
+    with pytest.raises(RewardError, match=rf"'judge' returned {count} rewards for 3 completions at step 5"):
+        score(RewardSet(returning([1.0] * count)), state={"global_step": 5})
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_40_raises_is_named_and_chained(timeout):
+    def judge(**_):
+        raise KeyError("boom")
+
+    async def async_judge(**_):
+        raise KeyError("boom")
+
+    for func, name in ((judge, "judge"), (async_judge, "async_judge")):
+        with pytest.raises(RewardError, match=rf"'{name}' raised KeyError: 'boom' at step 5") as caught:
+            score(RewardSet(func, timeout=timeout), state=SimpleNamespace(global_step=5))
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert caught.value.function == name
+
+
+def test_41_a_hang_ends_at_the_limit():
+    release = threading.Event()
+
+    def hangs(**_):
+        release.wait(20)
+
+    async def hangs_async(**_):
+        await asyncio.sleep(20)
+
+    async def blocks(**_):
+        release.wait(20)
+
+    async def quick(**_):
+        return [0.0] * 3
+
+    for funcs, name in (([hangs], "hangs"), ([quick, hangs_async], "hangs_async"), ([blocks], "blocks")):
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=rf"'{name}' did not return within 0.2 s at step 5; raise the reward timeout"):
+            score(RewardSet(funcs, timeout=0.2), state=SimpleNamespace(global_step=5))
+        assert time.monotonic() - start < 3
+    release.set()
+
+
+def test_a_limit_that_is_kept_changes_nothing():
+    def judge(completions, **_):
+        assert not torch.is_grad_enabled()
+        return [float(len(c)) for c in completions]
+
+    with torch.no_grad():
+        assert score(RewardSet(judge, timeout=10.0)).rewards.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_42_huge_is_finite_or_an_error():
+    assert score(RewardSet(returning([1e30, -1e30, 0.0]))).rewards.tolist() == pytest.approx([1e30, -1e30, 0.0])
+    for huge in ([1e39, 0.0, 0.0], [1e308, 0.0, 0.0]):
+        with pytest.raises(RewardError, match=r"reward of row 0 .* does not fit float32"):
+            score(RewardSet(returning(huge)))
+    with pytest.raises(RewardError, match=r"row 0"):  # inf - inf must not pass for "unscored"
+        score(RewardSet([returning([1e308] * 3, "a"), returning([1e308] * 3, "b")], weights=[1e10, -1e10]))
+
+
+def test_poll_interrupts_between_and_within_functions():
+    class Signal(Exception):
+        pass
+
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Signal
+
+    with pytest.raises(Signal):
+        score(RewardSet([returning([0.0] * 3), returning([0.0] * 3, "second")]), poll=poll)
+
+    calls.clear()
+    release = threading.Event()
+    with pytest.raises(Signal):
+        score(RewardSet(lambda **_: release.wait(20), timeout=20.0), poll=poll)
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"funcs": []}, "at least one reward function"),
+        ({"funcs": ["math"]}, r"not callable: 'math'; turn a name into a function with load_reward"),
+        ({"weights": [1.0, 2.0]}, r"one number per function \(1\), got 2"),
+        ({"weights": [NAN]}, "reward_weights must be finite"),
+        ({"weights": [0.0]}, "every reward weight is 0"),
+        ({"names": ["a", "b"]}, "names must have one entry"),
+        ({"timeout": 0.0}, "timeout must be > 0"),
+        ({"funcs": [len, len], "names": ["a", "a"]}, "must differ"),
+    ],
+)
+def test_wrong_settings(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        RewardSet(**{"funcs": [returning([0.0])], **kwargs})
+
+
+def test_wrong_lengths_and_reserved_columns():
+    rewards = RewardSet(returning([0.0] * 3))
+    with pytest.raises(ValueError, match=r"answer must have one entry per completion \(3\), got 2"):
+        score(rewards, columns={"answer": [1, 2]})
+    with pytest.raises(ValueError, match=r"prompts must have one entry per completion \(3\), got 1"):
+        rewards(["p"], COMPLETIONS, IDS)
+    with pytest.raises(ValueError, match="column name 'completion_ids' is an argument"):
+        score(rewards, columns={"completion_ids": IDS})
