@@ -6,7 +6,7 @@ CONSTRAINTS := -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-gpu check format bench results docs mutants kill-tests clean
+.PHONY: demo test test-slow test-peers test-gpu check format bench results docs mutants kill-tests clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/rlft demo --output runs/demo
@@ -16,6 +16,9 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu and not data" --timeout 1800
+
+test-peers: $(VENV)/.stamp-bench
+	$(BIN)/python -m pytest -q -m peers
 
 test-gpu: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -q -m gpu --timeout 1800

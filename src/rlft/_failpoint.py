@@ -2,8 +2,10 @@
 
 A failpoint does nothing until the environment says otherwise::
 
-    RLFT_FAILPOINT="checkpoint.rename.before:1"                    SIGKILL this process at the first passage
-    RLFT_FAILPOINT="checkpoint.tensors.write.before:3:oserror:ENOSPC"    raise OSError(ENOSPC) at the third passage
+    RLFT_FAILPOINT="checkpoint.rename.before:1"                   SIGKILL this process at the first passage
+    RLFT_FAILPOINT="checkpoint.record.write.before:3:oserror:ENOSPC"    raise OSError(ENOSPC) at the third passage
+
+Several, separated by commas, act together (a full disk, then a kill while cleaning up).
 
 Everything that writes to disk goes through helpers that take the name of the instant as their first parameter,
 ``point``. :func:`failpoints_in_source` reads those names from the code, so a test can kill the process at each one
@@ -17,7 +19,7 @@ import errno
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,15 +43,15 @@ def failpoint(point: str) -> None:
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
-    name, count, error = _parse(wanted)
-    if name != point:
-        return
-    _passages[point] += 1
-    if _passages[point] != count:
-        return
-    if error is not None:
-        raise OSError(error, os.strerror(error))
-    os.kill(os.getpid(), signal.SIGKILL)
+    for name, count, error in map(_parse, wanted.split(",")):
+        if name != point:
+            continue
+        _passages[point] += 1
+        if _passages[point] != count:
+            continue
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
@@ -85,44 +87,54 @@ def failpoints_in_source(folder: Path | None = None) -> frozenset[str]:
     """
     folder = Path(__file__).parent if folder is None else folder
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
-    carriers: dict[str, ast.FunctionDef] = {}
-    for tree in trees.values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args[:1]] == ["point"]:
-                carriers[node.name] = node
-    carriers.setdefault("failpoint", ast.parse("def failpoint(point): ...").body[0])  # type: ignore[arg-type]
-    inside = {id(call) for function in carriers.values() for call in ast.walk(function)}
+    carriers: dict[str, ast.FunctionDef | None] = {}
+    for path, tree in trees.items():
+        for function in _defined(tree):
+            if function.name in carriers:
+                raise ValueError(
+                    f"{path.name}:{function.lineno}: two functions {function.name}(point, ...); rename one"
+                )
+            carriers[function.name] = function
+    carriers["failpoint"] = None  # adds nothing to the name it is given
+    inside = {id(node) for function in carriers.values() if function for node in ast.walk(function)}
     names: set[str] = set()
     for path, tree in trees.items():
-        for call in _calls(tree, carriers):
+        visible = {"failpoint"} | {function.name for function in _defined(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                visible |= {alias.name for alias in node.names if alias.name in carriers and alias.asname is None}
+        for called, call in _calls(tree, visible):
             if id(call) in inside:
                 continue
             first = call.args[0] if call.args else None
             if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
                 raise ValueError(
                     f"{path.name}:{call.lineno}: the name of a failpoint must be a literal string here, "
-                    f"else it cannot be enumerated; write {_called(call)}('some.name', ...)"
+                    f"else it cannot be enumerated; write {called}('some.name', ...)"
                 )
-            names |= {first.value + rest for rest in _endings(_called(call), carriers, ())}
+            names |= {first.value + rest for rest in _endings(called, carriers, ())}
     return frozenset(names)
 
 
-def _called(call: ast.Call) -> str:
-    return getattr(call.func, "id", None) or getattr(call.func, "attr", "")
+def _defined(tree: ast.AST) -> list[ast.FunctionDef]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [function for function in functions if [a.arg for a in function.args.args[:1]] == ["point"]]
 
 
-def _calls(tree: ast.AST, carriers: dict[str, ast.FunctionDef]) -> list[ast.Call]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) in carriers]
+def _calls(tree: ast.AST, visible: Collection[str]) -> list[tuple[str, ast.Call]]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [(call.func.id, call) for call in calls if isinstance(call.func, ast.Name) and call.func.id in visible]
 
 
-def _endings(name: str, carriers: dict[str, ast.FunctionDef], above: tuple[str, ...]) -> set[str]:
+def _endings(name: str, carriers: Mapping[str, ast.FunctionDef | None], above: tuple[str, ...]) -> set[str]:
     """What a carrier adds to the name it is given, through everything that it calls."""
-    if name == "failpoint":
+    function = carriers[name]
+    if function is None:
         return {""}
     if name in above:
         return set()
     endings: set[str] = set()
-    for call in _calls(carriers[name], carriers):
+    for called, call in _calls(function, carriers):
         first = call.args[0] if call.args else None
         if isinstance(first, ast.Name) and first.id == "point":
             suffix = ""
@@ -130,5 +142,5 @@ def _endings(name: str, carriers: dict[str, ast.FunctionDef], above: tuple[str, 
             suffix = str(first.values[1].value)
         else:
             raise ValueError(f"{name}() must hand on point or f'{{point}}.more', not {ast.unparse(call)}")
-        endings |= {suffix + rest for rest in _endings(_called(call), carriers, (*above, name))}
+        endings |= {suffix + rest for rest in _endings(called, carriers, (*above, name))}
     return endings

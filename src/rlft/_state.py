@@ -65,7 +65,7 @@ def save_boundary(trainer: Trainer) -> Path:
     if state.replay is not None:
         tensors["replay"], records["replay"] = state.replay
     if trainer.is_main:
-        tensors |= {"trainable": trainables, "optimizer": moments, "reference": trainer.policy.reference_state()}
+        tensors |= {"trainable": trainables, "optimizer": moments, "reference": _reference_state(trainer)}
         records |= {
             "optimizer": groups,
             "trainer": {"step": state.step, **state.counters},
@@ -107,7 +107,8 @@ def resume(trainer: Trainer, given: str | bool | None) -> bool:
         )
     record = found.records["trainer"]
     trainer.policy.load_trainable_state(found.tensors["trainable"])
-    trainer.policy.load_reference_state(found.tensors.get("reference", {}))
+    if hasattr(trainer.policy, "load_reference_state"):
+        trainer.policy.load_reference_state(found.tensors.get("reference", {}))
     checkpoint.optimizer_from_tensors(
         trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
     )
@@ -135,6 +136,11 @@ def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         + "\n".join(changes)
         + "\nuse the settings it was started with, or another output_dir (resume=never does not overwrite it either)"
     )
+
+
+def _reference_state(trainer: Trainer) -> dict[str, Tensor]:
+    """The reference's own tensors; a reward model has none."""
+    return trainer.policy.reference_state() if hasattr(trainer.policy, "reference_state") else {}
 
 
 def _optimizer_names(trainer: Trainer) -> list[str]:

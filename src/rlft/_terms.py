@@ -108,7 +108,7 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
     if name in PAIR:
         source = PAIR[name]
         if source == "mask":
-            per_row = batch.mask.sum(-1)
+            per_row = batch.mask.sum(-1).clamp(min=1)  # a masked pair counts nowhere, and must not divide by zero
         elif source in ("scores", "margin"):
             per_row = outputs["scores"] if source == "scores" else bind("extras.margin", outputs, batch, objective)
         else:

@@ -82,7 +82,8 @@ class Groups:
 
     def against_others(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """``x - (mean of the other members)`` = n/(n-1) (x - mean); zero where there are no others."""
-        return self._fill(self.centred(x) * self._wide(self.count / (self.count - 1).clamp(min=1), x).to(x.dtype), 0.0)
+        n = self.count.to(x.dtype)  # before dividing: integers would divide in float32
+        return self.centred(x) * self._wide(n / (n - 1).clamp(min=1), x)
 
     def others_mean(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """The mean of the other members of a row's group; zero where there are none."""

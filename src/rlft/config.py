@@ -57,7 +57,11 @@ class Config:
     model: str | dict[str, Any] | None = _doc(
         "Policy: hub id, local folder, or a config to start from scratch.", None, group="model"
     )
-    tokenizer: str | dict[str, Any] | None = _doc("Tokenizer, where it is not beside the model; a mapping trains a small one (`kind`, `vocab_size`).", None, group="model")
+    tokenizer: str | dict[str, Any] | None = _doc(
+        "Tokenizer, where it is not beside the model; a mapping trains a small one (`kind`, `vocab_size`).",
+        None,
+        group="model",
+    )
     model_revision: str | None = _doc("Git revision of a hub model.", None, group="model")
     trust_remote_code: bool = _doc("Run code from the policy's repository. Off by default.", False, group="model")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = _doc(
@@ -68,6 +72,7 @@ class Config:
     )
     load_in_4bit: bool = _doc("Quantise the frozen policy to 4 bits (extra `quant`).", False, group="model")
     load_in_8bit: bool = _doc("Quantise the frozen policy to 8 bits (extra `quant`).", False, group="model")
+    disable_dropout: bool = _doc("No dropout in training: ratios of fresh samples are exactly 1.", True, group="model")
     gradient_checkpointing: bool = _doc("Recompute activations in the backward pass.", False, group="model")
     use_peft: bool = _doc("Train LoRA adapters instead of all weights.", False, group="model")
     lora_r: int = _doc("Rank of the adapters.", 16, group="model")
@@ -80,7 +85,12 @@ class Config:
     )
 
     # -- data
-    train_data: str | list[str] | None = _doc("JSONL, JSON, CSV, parquet, a folder, or a hub name.", None, group="data")
+    train_data: str | list[str] | None = _doc(
+        "JSONL, JSON, CSV, parquet, a folder, or a hub name; `${NAME}` is read from the environment.",
+        None,
+        group="data",
+    )
+    train_slice: list[float] | None = _doc("Train on this part of the rows, e.g. [0, 0.25].", None, group="data")
     eval_data: str | list[str] | None = _doc("The same, held out.", None, group="data")
     columns: dict[str, str] = _doc("Renames: expected column -> column in the file.", {}, group="data")
     data_format: str = _doc(
@@ -92,7 +102,9 @@ class Config:
     pair_rewards: list[float] | None = _doc(
         "Rewards of (chosen, rejected), to train a reward objective on pairs.", None, group="data"
     )
-    eval_fraction: float | None = _doc("Hold out this share of train_data for evaluation.", None, group="data")
+    eval_fraction: float | None = _doc(
+        "Hold out this share of train_data, the same rows for every seed.", None, group="data"
+    )
 
     # -- sampling
     num_generations: int = _doc("Answers sampled per prompt.", 8, group="sampling")
@@ -114,7 +126,11 @@ class Config:
     mask_truncated_completions: bool = _doc("Leave answers without an end out of the loss.", False, group="sampling")
 
     # -- rewards
-    rewards: list[str] = _doc("Built-in names, `module:function`, or folders of reward models.", [], group="rewards")
+    rewards: list[str | dict[str, Any]] = _doc(
+        "Built-in names (or `{name: ..., options}`), `module:function`, or folders of reward models.",
+        [],
+        group="rewards",
+    )
     reward_weights: list[float] | None = _doc("One per reward; default 1.", None, group="rewards")
     reward_timeout: float | None = _doc(
         "Seconds after which a hanging reward function stops the run.", 600.0, group="rewards"
@@ -222,6 +238,12 @@ class Config:
             raise ConfigError(
                 f"epsilon={self.epsilon} is above epsilon_high={self.epsilon_high}; swap or raise epsilon_high"
             )
+        if self.train_slice is not None and not (
+            len(self.train_slice) == 2 and 0 <= self.train_slice[0] < self.train_slice[1] <= 1
+        ):
+            raise ConfigError(
+                f"train_slice={self.train_slice} must be [from, to] with 0 <= from < to <= 1, e.g. [0, 0.25]"
+            )
         if self.eval_data is not None and self.eval_fraction is not None:
             raise ConfigError("eval_data and eval_fraction both name an evaluation set; keep one")
         if self.load_in_4bit and self.load_in_8bit:
@@ -257,6 +279,10 @@ class Config:
                     raise ConfigError(
                         f"{name}={getattr(self, name)} does nothing while {switch} is off; set {switch}: true or drop {name}"
                     )
+        if self.lora_dropout and self.disable_dropout:
+            raise ConfigError(
+                "lora_dropout does nothing while disable_dropout is on; set disable_dropout: false or drop it"
+            )
         if not self.use_peft and self.lora_target_modules != "all-linear":
             raise ConfigError("lora_target_modules does nothing while use_peft is off; set use_peft: true or drop it")
         if self.replay_probability == 0 and self.replay_capacity != defaults["replay_capacity"]:
@@ -325,7 +351,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             remedy = f"; write it as the number {float(value):g}, e.g. 1.0e-5 in YAML (1e-5 is a string there)"
         except ValueError:
             remedy = ""
-    choices = [a for a in _literals(hint)]
+    choices = list(_literals(hint))
     expected = " or ".join(map(repr, choices)) if choices and isinstance(value, str) else _type_name(hint)
     hint_word = _check.suggestion(value, [str(c) for c in choices]) if choices and isinstance(value, str) else ""
     raise ConfigError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}{remedy}{hint_word}")

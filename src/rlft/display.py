@@ -58,7 +58,9 @@ def facts(trainer: Trainer) -> dict[str, str]:
     else:
         rows["per step"] = f"{p.groups_per_step * trainer.world_size} examples"
     rows["tokens per step"] = f"about {_count(_tokens_per_step(trainer))}"
-    rows["steps"] = f"{p.total_steps} ({p.total_steps / p.steps_per_epoch:.2f} epochs), AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
+    rows["steps"] = (
+        f"{p.total_steps} ({p.total_steps / p.steps_per_epoch:.2f} epochs), AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
+    )
     rows["processes"] = f"{trainer.world_size} on {trainer.device}" + (
         f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
     )
@@ -80,11 +82,21 @@ def _tokens_per_step(trainer: Trainer) -> int:
 def _memory(trainer: Trainer) -> str:
     from rlft.models import memory_estimate
 
-    longest = trainer.plan.micro_batch_rows * ((trainer.config.max_prompt_length or 0) + trainer.config.max_completion_length)
-    estimate = memory_estimate(trainer.policy, tokens=longest)
-    return f"about {_bytes(sum(estimate.values()))} at the longest rows (" + ", ".join(
-        f"{name} {_bytes(size)}" for name, size in estimate.items() if size
-    ) + ")"
+    longest = trainer.plan.micro_batch_rows * (
+        (trainer.config.max_prompt_length or 0) + trainer.config.max_completion_length
+    )
+    estimate = memory_estimate(
+        trainer.policy.hf_model,
+        tokens=longest,
+        reference_kind=getattr(trainer.policy, "reference_kind", "none"),
+        gradient_checkpointing=trainer.config.gradient_checkpointing,
+    )
+    total = estimate.pop("total")
+    return (
+        f"about {_bytes(total)} at the longest rows ("
+        + ", ".join(f"{name} {_bytes(size)}" for name, size in estimate.items() if size)
+        + ")"
+    )
 
 
 def table(title: str, rows: Mapping[str, str]) -> Any:
@@ -127,9 +139,17 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
     with Progress(*columns, console=_console(stderr=True)) as bar:
-        task = bar.add_task(trainer.config.run_name or trainer.objective.name, total=total, completed=trainer.step, numbers="")
+        task = bar.add_task(
+            trainer.config.run_name or trainer.objective.name, total=total, completed=trainer.step, numbers=""
+        )
         yield lambda values: bar.update(task, completed=trainer.step, numbers=_numbers(values))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,12 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     Random numbers, metrics of the training step and the data order are as they were, afterwards: evaluating more often
     changes no training result.
     """
-    data = trainer.eval_data if dataset is None else setup._tokenize(
-        trainer.config, setup._rows(trainer.config, dataset, None)[0], trainer.tokenizer, online=trainer.online
+    data = (
+        trainer.eval_data
+        if dataset is None
+        else setup._tokenize(
+            trainer.config, setup._rows(trainer.config, dataset, None)[0], trainer.tokenizer, online=trainer.online
+        )
     )
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
@@ -50,7 +53,12 @@ def _online(trainer: Trainer, examples: list[Any]) -> None:
     for start in range(0, len(examples), _prompts_at_once(trainer)):
         chunk = examples[start : start + _prompts_at_once(trainer)]
         sampled = trainer.sampler.sample(
-            [e.prompt_ids for e in chunk], 1, online.sampling_params(trainer, greedy=True), seed=0, weight_version=trainer.step, poll=trainer.poll
+            [e.prompt_ids for e in chunk],
+            1,
+            online.sampling_params(trainer, greedy=True),
+            seed=0,
+            weight_version=trainer.step,
+            poll=trainer.poll,
         )
         rewards = online.score_rollout(trainer, chunk, sampled).double()
         everything = torch.ones(len(chunk), dtype=torch.bool)
@@ -81,8 +89,7 @@ def _offline(trainer: Trainer, examples: list[Any]) -> None:
             counted = result.counted
             name = "loss" if len(results) == 1 else f"loss/{term.name}"
             trainer.metrics.add(name, result.loss.detach(), counted)
-            for key, values in result.metrics.items():
-                trainer.metrics.add(key, values, counted if values.shape == counted.shape else None)
+            trainer.metrics.add_output(result, batch.mask)
         if trainer.train_data.format == "preference" and "logps" in outputs:
             _raw_preference(trainer, outputs["logps"].detach(), batch)
 
@@ -98,5 +105,10 @@ def _prompts_at_once(trainer: Trainer) -> int:
 
 
 def _show(trainer: Trainer, examples: list[Any], sampled: Any, rewards: torch.Tensor) -> None:
-    for example, ids, reward in list(zip(examples, sampled.completion_ids, rewards.tolist(), strict=True))[: trainer.config.log_completions]:
-        print(f"[{reward:+.2f}] {trainer.tokenizer.decode(example.prompt_ids)} -> {trainer.tokenizer.decode(ids)}", flush=True)
+    for example, ids, reward in list(zip(examples, sampled.completion_ids, rewards.tolist(), strict=True))[
+        : trainer.config.log_completions
+    ]:
+        print(
+            f"[{reward:+.2f}] {trainer.tokenizer.decode(example.prompt_ids)} -> {trainer.tokenizer.decode(ids)}",
+            flush=True,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import _check, recipes
+from rlft import recipes
 from rlft.config import Config, ConfigError
+from rlft.errors import TrainingError
+from rlft.metrics import MetricSums
 from rlft.objective import Objective
 from rlft.source import OfflineSource, OnlineSource, Source
 from rlft.types import Batch
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "Plan", "build", "objective", "source"]
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations", "num_iterations",
-             "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions")  # fmt: skip
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
+    "num_iterations", "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def objective(config: Config, given: Objective | Callable[..., Any] | None) -> O
     hyper = config.objective_hyper()
     if isinstance(given, Objective):
         if hyper or config.objective:
-            raise ConfigError("an Objective was passed, so `objective`, `beta`, `epsilon` and `objective_args` do nothing; drop them")
+            raise ConfigError(
+                "an Objective was passed, so `objective`, `beta`, `epsilon` and `objective_args` do nothing; drop them"
+            )
         return given
     if callable(given):
         return Objective(given, **hyper)
@@ -121,17 +128,22 @@ def build(
     rewards = _rewards(config, specs, accelerator.device) if specs else None
 
     loaded = _load_policy(config, source, tokenizer, objective)
-    base = models.add_lora(loaded, _lora_settings(config, peft_config)) if peft_config is not None or config.use_peft else loaded
+    base = (
+        models.add_lora(loaded, _lora_settings(config, peft_config))
+        if peft_config is not None or config.use_peft
+        else loaded
+    )
     if "scores" in objective.needs:
         policy = models.RewardScorer(base)
     else:
-        policy = models.Policy(base, reference=_reference(config, ref_model, objective), critic=_critic(config, objective))
+        policy = models.Policy(
+            base, reference=_reference(config, ref_model, objective), critic=_critic(config, objective)
+        )
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     models.check_trainable(policy)
     optimizer = optimizer or _adamw(config, policy)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    policy.eval()  # dropout off: the ratio of a fresh sample is exactly 1 (adapters with dropout included)
     if specs and sampler is None:
         sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
     replay = None
@@ -148,7 +160,14 @@ def build(
         rewards=rewards,
         sampler=sampler,
         replay=replay,
-        plan=plan(config, objective, len(train.examples), _rows_per_example(train), accelerator.num_processes, online=bool(specs)),
+        plan=plan(
+            config,
+            objective,
+            len(train.examples),
+            _rows_per_example(train),
+            accelerator.num_processes,
+            online=bool(specs),
+        ),
     )
 
 
@@ -159,18 +178,29 @@ def _check_settings(config: Config, objective: Objective, *, online: bool) -> No
         idle = [name for name in _SAMPLING if getattr(config, name) != getattr(defaults, name)]
         if idle or config.reward_weights is not None:
             name = idle[0] if idle else "reward_weights"
-            raise ConfigError(f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it")
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it"
+            )
     if online and not ({"rewards", "advantages"} & objective.needs):
-        raise ConfigError(f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy")
+        raise ConfigError(
+            f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy"
+        )
     if objective.needs_reference is False and config.ref_model is not None:
-        raise ConfigError(f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); drop ref_model")
+        raise ConfigError(
+            f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); drop ref_model"
+        )
     if not objective.needs_critic and config.critic is not None:
-        raise ConfigError(f"critic={config.critic!r} does nothing: objective {objective.name!r} has no values; drop critic")
+        raise ConfigError(
+            f"critic={config.critic!r} does nothing: objective {objective.name!r} has no values; drop critic"
+        )
     if online:
         n, micro = config.num_generations, config.per_device_train_batch_size
         rows = micro * config.gradient_accumulation_steps
         if n < objective.min_group:
-            raise ConfigError(f"objective {objective.name!r} compares answers of one prompt; set num_generations >= {objective.min_group}, got {n}")
+            raise ConfigError(
+                f"objective {objective.name!r} compares answers of one prompt; "
+                f"set num_generations >= {objective.min_group}, got {n}"
+            )
         if rows % n:
             raise ConfigError(
                 f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
@@ -183,7 +213,9 @@ def _check_settings(config: Config, objective: Objective, *, online: bool) -> No
             )
         _check_on_policy(config, objective)
     elif objective.kl == "reward" or objective.advantage == "gae":
-        raise ConfigError(f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online")
+        raise ConfigError(
+            f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online"
+        )
 
 
 def _check_on_policy(config: Config, objective: Objective) -> None:
@@ -215,20 +247,33 @@ def _check_data(config: Config, objective: Objective, data: Any, *, online: bool
     kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
     wanted = [kind for kind, needed in kinds.items() if needed]
     if wanted and data.format not in wanted:
-        raise ConfigError(f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows; see docs/data")
-    if objective.needs_rewards and not online and data.format != "ranked" and not (data.format == "preference" and config.pair_rewards):
+        raise ConfigError(
+            f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows; see docs/data"
+        )
+    if (
+        objective.needs_rewards
+        and not online
+        and data.format != "ranked"
+        and not (data.format == "preference" and config.pair_rewards)
+    ):
         raise ConfigError(
             f"objective {objective.name!r} needs rewards: give `rewards` to train online, rows with several scored completions, "
             f"or preference rows with pair_rewards: [0.5, -0.5]; got {data.format!r} rows"
         )
     if config.pair_rewards is not None and (data.format != "preference" or not objective.needs_rewards):
-        raise ConfigError(f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it")
+        raise ConfigError(
+            f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it"
+        )
     if not online and not data.examples[0].completions:
-        raise ConfigError("the rows hold prompts only; give `rewards` to sample answers online, or rows with completions")
+        raise ConfigError(
+            "the rows hold prompts only; give `rewards` to sample answers online, or rows with completions"
+        )
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------------
-def plan(config: Config, objective: Objective, examples: int, rows_per_example: int, world: int, *, online: bool) -> Plan:
+def plan(
+    config: Config, objective: Objective, examples: int, rows_per_example: int, world: int, *, online: bool
+) -> Plan:
     """Batch sizes and step counts. Online, per_device_train_batch_size counts completions, as in TRL."""
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if online:
@@ -245,10 +290,13 @@ def plan(config: Config, objective: Objective, examples: int, rows_per_example: 
             f"{examples} training examples are fewer than one step takes ({draws} on each of {world} processes); lower "
             f"per_device_train_batch_size or gradient_accumulation_steps, or add data"
         )
-    per_epoch = math.ceil(examples / (draws * world)) * updates
+    draws_per_epoch = examples // (draws * world) if online else math.ceil(examples / (draws * world))
+    per_epoch = draws_per_epoch * updates
     total = config.max_steps if config.max_steps is not None else max(1, math.ceil(per_epoch * config.num_train_epochs))
     if config.warmup_steps > total:
-        raise ConfigError(f"warmup_steps={config.warmup_steps} is more than the {total} steps of this run; lower warmup_steps")
+        raise ConfigError(
+            f"warmup_steps={config.warmup_steps} is more than the {total} steps of this run; lower warmup_steps"
+        )
     return Plan(total, draws, rows, micro_groups, groups, updates, per_epoch)
 
 
@@ -259,7 +307,13 @@ def source(trainer: Trainer) -> Source:
     c, p, data = trainer.config, trainer.plan, trainer.train_data
     pad_id = trainer.tokenizer.pad_token_id
     order = EpochSampler(
-        len(data.examples), batch_size=p.draws * trainer.world_size, seed=c.seed, rank=trainer.rank, world_size=trainer.world_size
+        len(data.examples),
+        batch_size=p.draws,
+        seed=c.seed,
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        # a short last generation would give processes different numbers of steps
+        last="drop" if trainer.online else "keep",
     )
 
     def split(batch: Batch) -> list[Batch]:
@@ -279,7 +333,9 @@ def source(trainer: Trainer) -> Source:
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
     return OfflineSource(
         order,
-        lambda indices: collate([data.examples[i] for i in indices], pad_id=pad_id, pair_rewards=pair_rewards).to(trainer.device),
+        lambda indices: collate([data.examples[i] for i in indices], pad_id=pad_id, pair_rewards=pair_rewards).to(
+            trainer.device
+        ),
         lambda batch: trainer.prepare(batch),
         split,
     )
@@ -302,17 +358,17 @@ def _accelerator(config: Config) -> Any:
 def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any]:
     from rlft.data import load_rows
 
-    source = train if train is not None else config.train_data
+    source = train if train is not None else _expanded("train_data", config.train_data)
     if source is None:
         raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
-    rows = load_rows(source)
-    target = held_out if held_out is not None else config.eval_data
-    held = load_rows(target) if target is not None else None
-    if config.columns:
-        rows, held = _renamed(rows, config.columns), _renamed(held, config.columns) if held is not None else None
+    rows = load_rows(source, columns=config.columns or None)
+    target = held_out if held_out is not None else _expanded("eval_data", config.eval_data)
+    held = load_rows(target, columns=config.columns or None) if target is not None else None
     if config.eval_fraction is not None:
-        parts = rows.train_test_split(test_size=config.eval_fraction, seed=config.seed)
-        rows, held = parts["train"], parts["test"]
+        rows, held = rows.split(config.eval_fraction, seed=0)
+    if config.train_slice is not None:
+        start, stop = (round(part * len(rows)) for part in config.train_slice)
+        rows = rows.select(range(start, stop))
     if held is None:
         for name in ("eval_steps", "eval_rows"):
             if getattr(config, name) is not None:
@@ -324,23 +380,27 @@ def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any]:
     return rows, held
 
 
-def _renamed(rows: Any, columns: Mapping[str, str]) -> Any:
-    for expected, present in columns.items():
-        if present not in rows.column_names:
-            raise ConfigError(
-                f"columns: {expected}: the data has no column {present!r}{_check.suggestion(present, list(rows.column_names))}"
-            )
-    return rows.rename_columns({present: expected for expected, present in columns.items()})
+def _expanded(name: str, paths: Any) -> Any:
+    """Paths with ``${NAME}`` read from the environment."""
+    if isinstance(paths, list):
+        return [_expanded(name, path) for path in paths]
+    if isinstance(paths, str) and "$" in (path := os.path.expandvars(paths)):
+        raise ConfigError(
+            f"{name}={paths!r} names an environment variable that is not set (it became {path!r}); set it"
+        )
+    return os.path.expandvars(paths) if isinstance(paths, str) else paths
 
 
 def _tokenizer(config: Config, given: Any, source: Any, rows: Any) -> Any:
     from rlft import models
+    from rlft.models.vocabulary import train_tokenizer
 
     if given is not None and not isinstance(given, (str, Path)):
+        models.check_tokenizer(given)
         return given
     name = given if given is not None else config.tokenizer
     if isinstance(name, Mapping):
-        return models.train_tokenizer(rows, **name)
+        return train_tokenizer(rows, **name)
     if name is None and isinstance(source, (str, Path)):
         name = source
     if name is None:
@@ -372,7 +432,9 @@ def _rewards(config: Config, specs: list[Any], device: torch.device) -> Any:
     functions = []
     for spec in specs:
         if isinstance(spec, (str, Path)) and Path(spec).is_dir():
-            functions.append(models.ModelReward.from_pretrained(spec, device=device))
+            scorer = models.ModelReward(spec)
+            scorer.scorer.to(device)
+            functions.append(scorer)
         else:
             functions.append(load_reward(spec))
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
@@ -392,8 +454,16 @@ def _load_policy(config: Config, source: Any, tokenizer: Any, objective: Objecti
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         seed=config.seed,
-        **({"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit} if config.load_in_4bit or config.load_in_8bit else {}),
+        quantization=_quantization(config),
     )
+
+
+def _quantization(config: Config) -> Any:
+    from rlft.models import QuantizationSettings
+
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    return QuantizationSettings(load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit)
 
 
 def _lora_settings(config: Config, given: Any) -> Any:
@@ -442,14 +512,48 @@ def _adamw(config: Config, policy: torch.nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def gather_metrics(accelerator: Any, sums: Any) -> dict[str, float]:
-    """Means over all processes, under sums and counts that were added up before dividing."""
+def gather_metrics(accelerator: Any, sums: MetricSums) -> dict[str, float]:
+    """Means over all processes: sums and counts are added up before dividing."""
     if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        states = gather_object([sums.state_dict()])
-        merged = type(sums).from_state(states[0])
-        for state in states[1:]:
-            merged.merge(type(sums).from_state(state))
-        sums = merged
+        sums = sums.reduce(accelerator.gather, device=accelerator.device)
     return sums.means()
+
+
+def self_check(trainer: Trainer) -> None:
+    """Before the first step: where the reference is the policy as it was passed, both give the same log-probs."""
+    from rlft import online
+
+    if getattr(trainer.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
+        return
+    examples = trainer.train_data.examples[:2]
+    batch = _probe_batch(trainer, examples)
+    outputs = online.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}))
+    gap = float((outputs["logps"] - outputs["ref_logps"]).abs().max())
+    if not gap <= 1e-4:
+        raise TrainingError(
+            f"self-check: policy and reference should be one model before the first step, but their log-probs differ by up "
+            f"to {gap:.3g}; likely causes: dropout, a trained adapter under a bare reference, or mixed precision. "
+            f"Set self_checks: false to go on regardless"
+        )
+
+
+def _probe_batch(trainer: Trainer, examples: list[Any]) -> Batch:
+    """A few real tokens: the answers where there are some, else the prompts scored as answers."""
+    rows = [(e.prompt_ids, c.ids) for e in examples for c in e.completions] or [
+        (e.prompt_ids[:1], e.prompt_ids[1:] or e.prompt_ids) for e in examples
+    ]
+    pieces = []
+    for prompt, answer in rows:
+        ids, exists = torch.tensor([answer]), torch.ones(1, len(answer), dtype=torch.bool)
+        prompts = torch.tensor([prompt])
+        pieces.append(
+            Batch(
+                prompts,
+                torch.ones_like(prompts, dtype=torch.bool),
+                ids,
+                exists,
+                exists,
+                torch.zeros(1, dtype=torch.long),
+            )
+        )
+    return Batch.concat(pieces).to(trainer.device)

@@ -239,16 +239,15 @@ class Trainer:
         outputs = self.forward(batch, self._wanted(batch))
         loss, results = self.objective.compute(outputs, batch, denominators)
         for result in results:
-            for name, values in result.metrics.items():
-                self.metrics.add(
-                    name, values, result.counted if values.shape == result.counted.shape else _rows(values, batch)
-                )
+            self.metrics.add_output(result, batch.mask)
         if "entropy" in outputs:
             self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
         return loss
 
     def forward(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         """The model's outputs on a batch, by name; through the module that accelerate wrapped."""
+        if "scores" in self.objective.needs:
+            return self.model(batch, want=want | {"scores"})
         return self.model(batch, want=want, temperature=self.scoring_temperature)
 
     def _wanted(self, batch: Batch) -> frozenset[str]:
@@ -408,14 +407,6 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def _rows(values: Tensor, batch: Batch) -> Tensor:
-    """The mask of a metric that is per row where the loss is per token, or per token where the loss is per row."""
-    if values.shape == batch.mask.shape:
-        return batch.mask
-    alive = batch.mask.any(-1)
-    return alive if values.shape == alive.shape else torch.ones_like(values, dtype=torch.bool)
 
 
 def _finite(value: float) -> bool:

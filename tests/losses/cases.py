@@ -61,6 +61,10 @@ class Case:
         return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     @property
+    def log_prob_names(self) -> list[str]:
+        return [name for name in self.tensor_names if name.endswith("logps")]
+
+    @property
     def per_pair(self) -> bool:
         return "mask" not in self.tensor_names
 

@@ -246,14 +246,13 @@ def _publish(
     write_file("checkpoint.manifest", work / MANIFEST, [manifest.text()])
     for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
         sync_dir("checkpoint.sync", folder)
-    old = None
-    if final.exists() or final.is_symlink():
-        old = final.with_name(f".old-{step}-{_id_of(work)}")
-        move("checkpoint.aside", final, old)
+    old = final.with_name(f".old-{step}-{_id_of(work)}") if final.exists() or final.is_symlink() else None
     try:
+        if old is not None:
+            move("checkpoint.aside", final, old)
         move("checkpoint.rename", work, final)
     except OSError:
-        if old is not None and not final.exists():
+        if old is not None and old.exists() and not final.exists():
             move("checkpoint.back", old, final)
         raise
     sync_dir("checkpoint.parent.sync", final.parent)

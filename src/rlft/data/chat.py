@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from rlft.data.parsing import BadRow, Message
 
 __all__ = ["Chat"]
 
+# Arguments of apply_chat_template itself: a row may set what the template sees, not how it is used.
+_RESERVED = frozenset(
+    "conversation chat_template tools tokenize padding truncation max_length return_tensors return_dict "
+    "return_assistant_tokens_mask tokenizer_kwargs add_generation_prompt continue_final_message "
+    "sanitize_control_tokens".split()
+)
 TEMPLATE_REFUSED = "the chat template refused the conversation"
 
 # One end of a stretch of text, and whether the assistant wrote the stretch.
@@ -28,7 +34,9 @@ class Chat:
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
 
-    def prompt(self, messages: list[Message], tools: list[Any] | None, kwargs: Mapping[str, Any], *, alone: bool) -> str:
+    def prompt(
+        self, messages: list[Message], tools: list[Any] | None, kwargs: Mapping[str, Any], *, alone: bool
+    ) -> str:
         """The text generation starts from: the messages, and the header of the assistant's turn.
 
         Args:
@@ -127,7 +135,7 @@ class Chat:
             return None
         cuts: list[Cut] = []
         position = len(prompt_text)
-        for start, end in spans[0]:
+        for start, end in cast(list[tuple[int, int]], spans[0]):
             # Some templates close the tag before the token that ends the turn: it is the assistant's all the same.
             end += next((len(token) for token in self.end_tokens if token and text.startswith(token, end)), 0)
             if end <= position:
@@ -147,6 +155,8 @@ class Chat:
                 "the data holds messages but the tokenizer has no chat template; set tokenizer.chat_template, take the "
                 "tokenizer of a chat model, or give the prompt and the answer as text"
             )
+        if reserved := sorted(_RESERVED & kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs may hold variables of the template only, got {reserved}; drop them")
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **{**kwargs, **options})
         except jinja2.exceptions.SecurityError as error:

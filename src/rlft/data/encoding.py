@@ -4,10 +4,10 @@ The prompt's ids are those of the prompt alone, because generation starts from t
 them. Four rules hold for every row, and have tests:
 
 1. The prompt is a token prefix of the row. Prompt and answer are tokenised together and split where the prompt ends.
-   Where the tokenizer merges across that place (``"2+2="`` and ``"=4"``), the answer is tokenised on its own, in the way
-   that continues the prompt (no word-start mark that the text does not have), checked by decoding, and counted;
+   Where the tokenizer merges across that place (``"2+2="`` and ``"=4"``), the answer is tokenised on its own, in the
+   way that continues the prompt (no word-start mark that the text does not have), checked by decoding, and counted;
    ``boundary="refuse"`` raises instead. Moving the split, as others do, would train on a prompt that is never seen.
-2. There is one BOS at most: the tokenizer's on text, the template's on conversations. A tokenizer without BOS puts none.
+2. There is one BOS at most: the tokenizer's on text, the template's on conversations. Without a BOS there is none.
 3. An answer ends with one end-of-sequence token and it is trained on. It is recognised by its place, never by its id
    elsewhere, so padding with the same id is no problem. A truncated answer has none.
 4. In a conversation, the assistant's turns are trained on; everything between them is there, and masked.
@@ -31,6 +31,8 @@ NOTHING_LEFT = "nothing to train on within the length limit"
 NO_BOUNDARY = "prompt is not a token prefix of the row"
 
 TruncationMode = Literal["keep_end", "keep_start", "skip"]
+# Stretches of an answer: ids, and whether the assistant wrote them.
+_Pieces = list[tuple[list[int], bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,8 @@ class Limits:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of tokens >= 1, or None for no limit, got {value!r}")
         if self.truncation_mode not in ("keep_end", "keep_start", "skip"):
-            known = ("keep_end", "keep_start", "skip")
-            raise ValueError(
-                f"truncation_mode {self.truncation_mode!r} is unknown{_check.suggestion(str(self.truncation_mode), known)}"
-            )
+            hint = _check.suggestion(str(self.truncation_mode), ("keep_end", "keep_start", "skip"))
+            raise ValueError(f"truncation_mode {self.truncation_mode!r} is unknown{hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,9 @@ class Encoder:
         plans = [self._at(i, self._plan, row) for i, row in enumerate(rows)]
         texts = list(dict.fromkeys(text for plan in plans if isinstance(plan, _Plan) for text in plan.texts()))
         ids = dict(zip(texts, self._tokens(texts), strict=True)) if texts else {}
-        return [plan if isinstance(plan, BadRow) else self._at(i, self._assemble, plan, ids) for i, plan in enumerate(plans)]
+        return [
+            plan if isinstance(plan, BadRow) else self._at(i, self._assemble, plan, ids) for i, plan in enumerate(plans)
+        ]
 
     @staticmethod
     def _at(index: int, function: Any, *args: Any) -> Any:
@@ -211,21 +213,21 @@ class Encoder:
             sum(added for _, _, added in finished) if plan.chat else 0,
         )
 
-    def _language_modelling(self, plan: _Plan, ids: dict[str, list[int]]) -> tuple[list[int], list[Any], bool]:
+    def _language_modelling(self, plan: _Plan, ids: dict[str, list[int]]) -> tuple[list[int], list[_Pieces], bool]:
         """A text on its own: what the tokenizer puts in front is the prompt, else the first token is."""
         text = plan.answers[0][0]
         whole = self._with_prefix(ids[text])
         start = max(1, len(self.prefix))
-        if len(whole) < start + (0 if self.add_eos else 1):
+        if len(whole) <= start:
             raise BadRow(EMPTY_COMPLETION)
         return whole[:start], [[(whole[start:], True)]], False
 
     def _follow(
         self, prompt: list[int], prompt_text: str, text: str, cuts: list[Cut], ids: dict[str, list[int]]
-    ) -> tuple[list[tuple[list[int], bool]], bool]:
+    ) -> tuple[_Pieces, bool]:
         """The ids of each stretch of ``text`` after the prompt, so that earlier ids are always a prefix."""
         so_far, before, split = list(prompt), prompt_text, False
-        pieces: list[tuple[list[int], bool]] = []
+        pieces: _Pieces = []
         for end, trained in cuts:
             whole = ids[text[:end]]
             if whole[: len(so_far)] == so_far:
@@ -245,8 +247,8 @@ class Encoder:
             raise ValueError(
                 f"the prompt's tokens are not a prefix of the row's tokens: the prompt ends "
                 f"{self._decode(so_far[same:])!r}, together with the answer the tokenizer writes "
-                f"{self._decode(whole[same : same + 2])!r}; end the prompt with a separator (separator='\\n'), move the "
-                f"white space between them, or give boundary='split' to tokenise the answer on its own"
+                f"{self._decode(whole[same : same + 2])!r}; end the prompt with a separator (separator='\\n'), move "
+                f"the white space between them, or give boundary='split' to tokenise the answer on its own"
             )
         rest = text[len(before) :]
         goal = self._decode(whole)
@@ -257,7 +259,7 @@ class Encoder:
                 return joined[len(start) :]
         raise BadRow(NO_BOUNDARY)
 
-    def _finish(self, pieces: list[tuple[list[int], bool]], chat: bool) -> tuple[list[int], list[bool], int]:
+    def _finish(self, pieces: _Pieces, chat: bool) -> tuple[list[int], list[bool], int]:
         """Join the stretches; end the last one with one end-of-sequence token."""
         while pieces and not pieces[-1][1]:
             pieces = pieces[:-1]
@@ -268,9 +270,9 @@ class Encoder:
             last = index == len(pieces) - 1
             ids += piece[:keep] if last else piece
             mask += [trained] * keep + [False] * (0 if last else len(piece) - keep)
-        if not ids and not (pieces and not chat and self.add_eos and len(self.prefix) == 0):
+        if not ids:
             raise BadRow(EMPTY_COMPLETION)
-        added = int(self.add_eos and (not ids or ids[-1] not in self.ends))
+        added = int(self.add_eos and ids[-1] not in self.ends)
         if added:
             assert self.eos_id is not None
             ids, mask = [*ids, self.eos_id], [*mask, True]
@@ -296,7 +298,9 @@ class Encoder:
             raise BadRow(PROMPT_LONG)
         if self.limits.truncation_mode == "keep_start":
             return ids[:limit], True
-        lead = len(self.prefix) if self.prefix and ids[: len(self.prefix)] == self.prefix else int(ids[0] == self.bos_id)
+        lead = (
+            len(self.prefix) if self.prefix and ids[: len(self.prefix)] == self.prefix else int(ids[0] == self.bos_id)
+        )
         if lead >= limit:
             return ids[len(ids) - limit :], True
         return ids[:lead] + ids[len(ids) - (limit - lead) :], True
@@ -333,7 +337,9 @@ class Encoder:
                 full = self.tokenizer(text)["input_ids"]
                 starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
                 return full[: starts[0]] if starts else []
-        raise ValueError("the tokenizer turns 'a', '0' and '.' into no token at all; check that it is loaded completely")
+        raise ValueError(
+            "the tokenizer turns 'a', '0' and '.' into no token at all; check that it is loaded completely"
+        )
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]

@@ -130,7 +130,8 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     # The module's limit of 128 KiB per cell is global: widen it only while reading.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        _decode(path.open("rb").read(3), path)
+        with path.open("rb") as head:
+            _decode(head.read(3), path)
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             line = 1

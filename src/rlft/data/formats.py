@@ -18,7 +18,7 @@ A cell is text, or a conversation: a list of ``{"role", "content"}``. Conversati
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from rlft import _check
@@ -45,7 +45,6 @@ _ALIASES = {
 }  # fmt: skip
 
 
-# -- the format of the whole data --------------------------------------------------------------------------------------
 def detect_format(columns: Iterable[str]) -> Format:
     """The format of data with these columns.
 
@@ -90,7 +89,7 @@ def check_format(format: str, columns: Iterable[str]) -> None:
             raise ValueError(f"columns {there} mean the same in format {format!r}; drop one")
 
 
-def _hints(present: list[str], wanted: Iterable[str] = _KNOWN_COLUMNS) -> str:
+def _hints(present: list[str], wanted: Sequence[str] = _KNOWN_COLUMNS) -> str:
     """Near misses: ``; did you mean 'chosen' by 'choosen'?``"""
     import difflib
 
@@ -98,9 +97,9 @@ def _hints(present: list[str], wanted: Iterable[str] = _KNOWN_COLUMNS) -> str:
     for name in present:
         if name in _KNOWN_COLUMNS:
             continue
-        close = difflib.get_close_matches(name.lower(), list(wanted), n=1, cutoff=0.75)
+        close = difflib.get_close_matches(name.lower(), wanted, n=1, cutoff=0.75)
         meant = close[0] if close else _ALIASES.get(name.lower())
-        if meant in wanted and meant not in present:
+        if meant is not None and meant in wanted and meant not in present:
             found.append(f"{meant!r} by {name!r}")
     if not found:
         return ""

@@ -212,7 +212,7 @@ def _split_shared(chosen: Cell, rejected: Cell) -> tuple[Cell, Cell, Cell]:
     if isinstance(chosen, list):
         if shared == min(len(chosen), len(rejected)):  # one continues the other: one of the answers is nothing
             raise BadRow(EMPTY_COMPLETION)
-        if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":  # pyright: ignore
             raise BadRow(PROMPTS_DIFFER)
         return chosen[:shared], chosen[shared:], rejected[shared:]
     marker = chosen.rfind("\n\nAssistant:", 0, shared)  # the layout of Anthropic's HH

@@ -52,7 +52,7 @@ class Rows(Sequence[dict[str, Any]]):
         self._places = places
         self._indices = indices
         if hasattr(table, "column_names"):
-            present = list(table.column_names)
+            present: list[str] = list(table.column_names)
         else:
             present = list(dict.fromkeys(name for row in table for name in row))
         self._renames = _renames(columns or {}, present)
@@ -225,7 +225,9 @@ def _from_datasets(source: Any, split: str) -> Rows:
 
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise ValueError(f"the DatasetDict has no split {split!r}{_check.suggestion(split, list(source))}")
+            raise ValueError(
+                f"the DatasetDict has no split {split!r}{_check.suggestion(split, [str(key) for key in source])}"
+            )
         source = source[split]
     if not isinstance(source, datasets.Dataset):
         raise ValueError(
@@ -352,11 +354,12 @@ def _load_saved(folder: Path) -> Rows:
 # -- the hub -----------------------------------------------------------------------------------------------------------
 def _load_hub(path: str, split: str, name: str | None, revision: str | None, **options: Any) -> Rows:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         # Never trust_remote_code: datasets that are scripts are refused by the library, and stay refused.
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"{path!r} is no file or folder here and could not be loaded from the hub (split {split!r}, "
             f"configuration {name!r}, revision {revision!r}): {type(error).__name__}: {error}"

@@ -9,7 +9,6 @@ _LAZY = {
     "LoraSettings": "lora",
     "ModelReward": "reward",
     "Policy": "policy",
-    "QuantizationSettings": "loading",
     "RewardScorer": "reward",
     "TrainableReport": "lora",
     "add_lora": "lora",
@@ -22,10 +21,24 @@ _LAZY = {
     "memory_estimate": "memory",
 }
 
-__all__ = sorted(_LAZY)
+__all__ = [
+    "LoraSettings",
+    "ModelReward",
+    "Policy",
+    "RewardScorer",
+    "TrainableReport",
+    "add_lora",
+    "check_tokenizer",
+    "check_trainable",
+    "load_adapter",
+    "load_causal_lm",
+    "load_sequence_classifier",
+    "load_tokenizer",
+    "memory_estimate",
+]
 
 if TYPE_CHECKING:
-    from rlft.models.loading import QuantizationSettings, load_causal_lm, load_sequence_classifier
+    from rlft.models.loading import load_causal_lm, load_sequence_classifier
     from rlft.models.lora import LoraSettings, TrainableReport, add_lora, check_trainable, load_adapter
     from rlft.models.memory import memory_estimate
     from rlft.models.policy import Policy

@@ -62,8 +62,8 @@ class Switch:
         for layer in self.layers:
             if getattr(layer, "merged_adapters", None):
                 raise ValueError(
-                    f"adapter {layer.merged_adapters} is merged into the base weights, so the reference cannot be computed; "
-                    f"call model.unmerge_adapter() after generating"
+                    f"adapter {layer.merged_adapters} is merged into the base weights, so the reference cannot be "
+                    f"computed; call model.unmerge_adapter() after generating"
                 )
         before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         try:
@@ -98,11 +98,11 @@ def adapter_is_identity(model: nn.Module, adapter: str) -> bool:
     return True
 
 
-def copy_adapter(model: Any, adapter: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def copy_adapter(model: Any, adapter: str) -> dict[str, str]:
     """Add a frozen copy of ``adapter`` named :data:`REFERENCE`; the active adapter and what trains stay as they are.
 
     Returns:
-        Pairs (trained parameter, its frozen copy).
+        Name of each trained parameter -> name of its frozen copy.
     """
     if REFERENCE in model.peft_config:
         raise ValueError(f"the model already holds an adapter named {REFERENCE!r}; delete it, or pass reference='none'")
@@ -115,21 +115,21 @@ def copy_adapter(model: Any, adapter: str) -> list[tuple[nn.Parameter, nn.Parame
         model.add_adapter(REFERENCE, config)
     own = adapter_parameters(model, adapter)
     theirs = adapter_parameters(model, REFERENCE)
-    pairs = []
+    names = {}
     for name, parameter in own.items():
-        twin = theirs.get(".".join(REFERENCE if part == adapter else part for part in name.split(".")))
+        mirrored = ".".join(REFERENCE if part == adapter else part for part in name.split("."))
+        twin = theirs.get(mirrored)
         if twin is None or twin.shape != parameter.shape:
             raise ValueError(f"adapter parameter {name} could not be copied; pass an explicit reference model instead")
         if twin is parameter:
             continue
-        with torch.no_grad():
-            twin.data = parameter.detach().clone()
-        pairs.append((parameter, twin))
+        twin.data = parameter.detach().clone()  # not copy_: peft chose the copy's dtype by its own rule
+        names[name] = mirrored
     for parameter in theirs.values():
         parameter.requires_grad_(False)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
-    return pairs
+    return names
 
 
 def _cuda_devices(model: nn.Module) -> Sequence[int]:

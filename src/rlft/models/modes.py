@@ -37,8 +37,8 @@ def enable_checkpointing(model: Any) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float) and value > 0.0:
                 raise ValueError(
-                    f"{name or type(module).__name__} applies {attribute}={value:g} itself, and a layer that checkpoints "
-                    f"counts as training; set {attribute} to 0 in the model's config to use gradient checkpointing"
+                    f"{name or type(module).__name__} applies {attribute}={value:g} itself, and a layer that "
+                    f"checkpoints counts as training; set {attribute} to 0 in the model's config to use gradient checkpointing"
                 )
 
 

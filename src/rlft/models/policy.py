@@ -19,6 +19,7 @@ from rlft.models.critic import CriticModel, ValueHead
 from rlft.models.layout import Rows, build_rows
 from rlft.models.reference import ReferenceKind, load_tensors, make_reference
 from rlft.models.scorer import CausalScorer, unwrap
+from rlft.models.trainable import TrainableModule, plain_state
 from rlft.ops import DEFAULT_CHUNK, HeadOutputs, linear_logps, logits_logps
 from rlft.types import Batch
 
@@ -30,7 +31,7 @@ WANTS: tuple[str, ...] = ("logps", "entropy", "token_kl", "ref_logps", "values",
 _QUANTITY = {"logps": "logps", "entropy": "entropy", "token_kl": "kl", "ref_logps": "ref_logps"}
 
 
-class Policy(nn.Module):
+class Policy(TrainableModule):
     """A causal language model that scores completions, with its reference and its critic.
 
     Dropout is off in every forward, with or without gradient: log-probs that an importance ratio or a reference is
@@ -79,8 +80,8 @@ class Policy(nn.Module):
             raise ValueError(f"critic must be 'none', 'shared' or a model, got {critic!r}; load the model first")
         if not dropout and (rate := modes.lora_dropout(model)):
             warnings.warn(
-                f"the adapter asks for dropout {rate:g}, but a Policy scores without dropout; set dropout 0 in the LoRA "
-                f"settings, or pass Policy(..., dropout=True)",
+                f"the adapter asks for dropout {rate:g}, but a Policy scores without dropout; set dropout 0 in the "
+                f"LoRA settings, or pass Policy(..., dropout=True)",
                 stacklevel=2,
             )
         self.train()
@@ -252,8 +253,8 @@ class Policy(nn.Module):
         assert states is not None
         if self._scorer.path == "logits":
             raise ValueError(
-                f"critic='shared' needs the hidden states of {type(self._scorer.base).__name__}, which rlft cannot find; "
-                f"pass a critic model instead"
+                f"critic='shared' needs the hidden states of {type(self._scorer.base).__name__}, which rlft cannot "
+                f"find; pass a critic model instead"
             )
         return self.value_head(states)
 
@@ -326,25 +327,6 @@ class Policy(nn.Module):
         """The transformers model or PeftModel, for generating and saving."""
         return self.model
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Copies of all trainable tensors by name, full (unsharded) and on the CPU."""
-        state = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                value: Any = parameter.detach()
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value
-                state[name] = value.to("cpu", copy=True).contiguous()
-        return state
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`trainable_state` in place.
-
-        Raises:
-            ValueError: when names or shapes differ; nothing is changed then.
-        """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        load_tensors(own, state, what="trainable state")
-
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter (peft layout) or the full model, and the critic beside it; safetensors and JSON only.
 
@@ -360,11 +342,11 @@ class Policy(nn.Module):
         else:
             self.model.save_pretrained(str(directory))
         if self.value_head is not None:
-            save_file(_plain(self.value_head), str(directory / "value_head.safetensors"))
+            save_file(plain_state(self.value_head), str(directory / "value_head.safetensors"))
         if self.critic is not None:
             folder = directory / "critic"
             self.critic.model.save_pretrained(str(folder))
-            save_file(_plain(self.critic.head), str(folder / "value_head.safetensors"))
+            save_file(plain_state(self.critic.head), str(folder / "value_head.safetensors"))
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load ``value_head.safetensors`` of :meth:`save_pretrained`'s folder into the critic's head.
@@ -381,7 +363,3 @@ class Policy(nn.Module):
         if not path.is_file():
             raise ValueError(f"{path} does not exist; expected a folder that Policy.save_pretrained wrote")
         load_tensors(dict(head.named_parameters()), load_file(str(path)), what="value head")
-
-
-def _plain(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in module.named_parameters()}

@@ -26,7 +26,6 @@ class Reference:
         kind: ``none``; ``adapter_off`` (the base model under a fresh adapter); ``adapter_copy`` (a frozen copy of a
             trained adapter); ``snapshot`` (a frozen copy of the whole model); ``model`` (one that the caller passed).
         model: the separate model of ``snapshot`` and ``model``, else None.
-        pairs: (policy's tensor, reference's tensor), for the kinds that own their tensors.
     """
 
     def __init__(
@@ -34,13 +33,18 @@ class Reference:
         kind: ReferenceKind,
         *,
         model: nn.Module | None = None,
-        switch: adapters.Switch | None = None,
-        pairs: list[tuple[str, Tensor, Tensor]] | None = None,
+        policy: nn.Module | None = None,
+        names: dict[str, str] | None = None,
     ) -> None:
         self.kind: ReferenceKind = kind
         self.model = model
-        self.pairs = pairs or []
-        self._switch = switch
+        self._policy = policy
+        # Name in the policy -> name in the reference (for a copied adapter: in the same model). Names, since sharding
+        # replaces the parameters themselves.
+        self._names = names or {}
+        self._switch = (
+            adapters.Switch(policy) if kind in ("adapter_off", "adapter_copy") and policy is not None else None
+        )
         self._scorer = None if model is None else CausalScorer(model)
 
     def scorer(self, policy: CausalScorer) -> CausalScorer:
@@ -67,16 +71,30 @@ class Reference:
                 "model": "it is a model of yours; update it yourself, or use reference='auto' for a copy that moves",
             }
             raise ValueError(f"the reference ({self.kind}) cannot be updated: {why[self.kind]}")
-        adapters.mix([(policy, reference) for _, policy, reference in self.pairs], mix)
+        assert self._policy is not None
+        policy = dict(self._policy.named_parameters(remove_duplicate=False))
+        adapters.mix([(policy[name], reference) for name, reference in self._own().items()], mix)
 
     def state(self) -> dict[str, Tensor]:
         """The reference's own tensors by name; empty for kinds that are rebuilt from the model itself."""
-        return {name: reference.detach().clone() for name, _, reference in self.pairs}
+        return {name: full_copy(reference) for name, reference in self._own().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state`; refuses other names or shapes."""
-        own = {name: reference for name, _, reference in self.pairs}
-        load_tensors(own, state, what=f"reference ({self.kind})")
+        load_tensors(self._own(), state, what=f"reference ({self.kind})")
+
+    def _own(self) -> dict[str, Tensor]:
+        """The reference's tensors, by the name of the policy's tensor each one mirrors."""
+        holder = self._policy if self.model is None else self.model
+        theirs = dict(holder.named_parameters(remove_duplicate=False)) if holder is not None else {}
+        return {name: theirs[mirrored] for name, mirrored in self._names.items()}
+
+
+def full_copy(tensor: Any) -> Tensor:
+    """A contiguous CPU copy of a parameter, whole even if it is sharded."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def load_tensors(own: dict[str, Any], state: dict[str, Tensor], *, what: str) -> None:
@@ -130,15 +148,12 @@ def make_reference(model: nn.Module, reference: str | nn.Module) -> Reference:
         own = {id(p) for p in adapters.adapter_parameters(model, name).values()}
         if not any(p.requires_grad and id(p) not in own for p in model.parameters()):
             if adapters.adapter_is_identity(model, name):
-                return Reference("adapter_off", switch=adapters.Switch(model))
-            copied = adapters.copy_adapter(model, name)
-            names = {id(p): n for n, p in model.named_parameters()}
-            pairs = [(names[id(own)], own, twin) for own, twin in copied]
-            return Reference("adapter_copy", switch=adapters.Switch(model), pairs=[(n, o, t) for n, o, t in pairs])
+                return Reference("adapter_off", policy=model)
+            return Reference("adapter_copy", policy=model, names=adapters.copy_adapter(model, name))
         # Something of the base model trains as well: switching the adapter off would not give it back.
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    twins = dict(frozen.named_parameters())
-    return Reference("snapshot", model=frozen, pairs=[(n, p, twins[n]) for n, p in model.named_parameters()])
+    names = {name: name for name, _ in model.named_parameters()}
+    return Reference("snapshot", model=frozen, policy=model, names=names)
 
 
 def _check_model(model: nn.Module, reference: nn.Module) -> None:

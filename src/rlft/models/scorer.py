@@ -158,8 +158,8 @@ class CausalScorer:
         if mine.shape == truth.shape and float((mine - truth).abs().max()) <= tolerance:
             return "module"
         warnings.warn(
-            f"{name}: hidden states times head differ from the model's own logits, so its full logits are used (slower). "
-            f"The config probably holds a logit transform that rlft does not know",
+            f"{name}: hidden states times head differ from the model's own logits, so its full logits are used "
+            f"(slower). The config probably holds a logit transform that rlft does not know",
             stacklevel=2,
         )
         return "logits"

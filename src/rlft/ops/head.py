@@ -102,7 +102,8 @@ def linear_logps(
         plan = "recompute" if head_trains else "tile"
     if plan == "tile" and head_trains:
         raise ValueError(
-            "plan 'tile' cannot give the head a gradient, and weight or bias requires one; use plan='recompute' (or 'auto')"
+            "plan 'tile' cannot give the head a gradient, and weight or bias requires one; "
+            "use plan='recompute' (or 'auto')"
         )
     if plan == "dense":
         return _dense(
@@ -190,8 +191,8 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
         raise ValueError(
-            f"targets hold id {bad}, outside the vocabulary of {vocabulary}; gather the scored tokens instead of marking "
-            f"the others with -100, and check that tokenizer and model belong together"
+            f"targets hold id {bad}, outside the vocabulary of {vocabulary}; gather the scored tokens instead of "
+            f"marking the others with -100, and check that tokenizer and model belong together"
         )
 
 

@@ -93,7 +93,7 @@ def _walk(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    """Vocabulary outside, rows inside: the float32 sum of the head's gradient is one tile, whatever the head's dtype."""
+    """Vocabulary outside, rows inside: the sum of the head's gradient is one float32 tile, whatever its dtype."""
     space = Workspace(p)
     needs_ref = "kl" in given
     for cols in p.column_tiles():

@@ -289,7 +289,8 @@ class _Rows:
         self.p.add_matmul(self.e_w, e if tile.factor is None else e.mul_(tile.factor), w)
 
     def _lambda(self) -> Tensor:
-        return self.top + self.s.log() - self.ref_top - self.ref_s.log()
+        # In this order: equal logits give exactly zero.
+        return (self.top - self.ref_top) + (self.s.log() - self.ref_s.log())
 
     def _recentre(self) -> None:
         new = self._lambda()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlft.rollout.types import SamplingParams
 
-__all__ = ["draw", "filter_logits", "greedy"]
+__all__ = ["draw", "filter_logits", "greedy", "penalise"]
 
 _BLOCK = 256
 
@@ -29,8 +29,7 @@ def filter_logits(
     if params.repetition_penalty != 1.0:
         if seen is None:
             raise ValueError("a repetition penalty needs the tokens seen so far; pass seen")
-        penalised = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
+        logits = penalise(logits, params.repetition_penalty, seen)
     if params.greedy:
         return logits
     if params.temperature != 1.0:
@@ -50,6 +49,15 @@ def filter_logits(
         dropped = (probs < params.min_p * top).scatter(-1, best, False)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits
+
+
+def penalise(logits: Float[Tensor, "B V"], penalty: float, seen: Bool[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    """Make seen tokens less likely: positive logits are divided by ``penalty``, negative ones multiplied.
+
+    References:
+        Keskar et al., "CTRL" (arXiv:1909.05858), section 4.1, in transformers' form for negative logits.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def greedy(scores: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
@@ -86,7 +94,9 @@ def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tens
     blocked = weights.view(rows, blocks, _BLOCK)
     edges = blocked.sum(-1).double().cumsum(-1)
     total = edges[:, -1]
-    target = u * total
+    target = torch.minimum(
+        u * total, torch.nextafter(total, torch.zeros_like(total))
+    )  # u * total may round up to total
     block = (edges <= target[:, None]).sum(-1).clamp(max=blocks - 1)
     below = torch.where(block > 0, edges.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inside = blocked[torch.arange(rows, device=scores.device), block]

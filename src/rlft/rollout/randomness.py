@@ -51,7 +51,7 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def _shifted(x: Int[Tensor, "..."], by: int) -> Int[Tensor, "..."]:
+def _shifted(x: Tensor, by: int) -> Tensor:
     # torch shifts int64 arithmetically; the mask clears the copies of the sign bit
     return (x >> by) & ((1 << (64 - by)) - 1)
 

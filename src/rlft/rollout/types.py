@@ -63,7 +63,9 @@ class SamplingParams:
             neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
             ignored = [name for name, value in neutral.items() if getattr(self, name) != value]
             if ignored:
-                raise ValueError(f"greedy=True ignores {', '.join(ignored)}; leave {'it' if len(ignored) == 1 else 'them'} out")
+                raise ValueError(
+                    f"greedy=True ignores {', '.join(ignored)}; leave {'it' if len(ignored) == 1 else 'them'} out"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,260 @@
+"""Models from a hub id, a folder, a config or memory: safetensors only, no foreign code unless asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlft import _check
+from rlft.models import files
+from rlft.models.scorer import unwrap
+
+__all__ = ["load_causal_lm", "load_sequence_classifier", "new_head"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Where a classifier keeps the name of weights that no file held, so that a random reward model is not asked for rewards.
+_NEW = "rlft_new_parameters"
+
+
+def parse_dtype(dtype: str | torch.dtype, *, name: str = "dtype") -> torch.dtype:
+    """``"bfloat16"`` to ``torch.bfloat16``; dtypes pass through."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} {dtype!r} is unknown{_check.suggestion(str(dtype), tuple(_DTYPES))}")
+    return _DTYPES[dtype]
+
+
+def quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> Any:
+    """The transformers settings of 4-bit (nf4, quantised scales) or 8-bit base weights; None for neither.
+
+    Raises:
+        ValueError: when both are asked for.
+        ImportError: when bitsandbytes is not installed.
+    """
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit and load_in_8bit need bitsandbytes; install it with: pip install 'rlft[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_causal_lm(
+    source: str | Path | nn.Module | Mapping[str, Any],
+    *,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    quantization_config: Any = None,
+    seed: int = 0,
+) -> Any:
+    """A causal language model.
+
+    Args:
+        source: a hub id; a folder that ``save_pretrained`` wrote (a peft adapter folder gives its base with the adapter
+            on top, trainable); a config (``{"model_type": "llama", "hidden_size": 64, ...}``) for a model from scratch;
+            or a model in memory, which is returned as it is.
+        dtype: of the weights. Weights that are trained belong in float32: a bfloat16 weight of 0.02 swallows every
+            step below 2e-5.
+        revision: the hub revision; pin it for a run that must be repeatable.
+        trust_remote_code: run model code that comes with the weights. Off unless you read it.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``; None lets transformers choose.
+        load_in_4bit, load_in_8bit: frozen base weights in 4 or 8 bits (bitsandbytes), for an adapter on top; ``dtype``
+            is then what 4-bit layers multiply in.
+        quantization_config: quantisation settings of transformers, in place of the two above.
+        seed: of weights that no file holds. The global random state is left as it was.
+
+    Returns:
+        A ``PreTrainedModel`` (or ``PeftModel``) in eval mode.
+
+    Raises:
+        ValueError: when the source is unclear, unsafe or incomplete, or an option cannot have an effect.
+        ImportError: when quantization is asked for and bitsandbytes is missing.
+    """
+    options = {
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "quantization_config": quantization_config,
+        "seed": seed,
+    }
+    if isinstance(source, (str, Path)) and files.is_local(source):
+        folder = Path(source).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            from rlft.models.lora import load_adapter
+
+            return load_adapter(folder, **options)
+    model, missing = _load("AutoModelForCausalLM", source, {}, **options)
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of a causal language model ({missing[0]}, ...), which would be random; "
+            f"it may hold another kind of model, or be incomplete"
+        )
+    return model
+
+
+def load_sequence_classifier(
+    source: str | Path | nn.Module | Mapping[str, Any],
+    *,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    quantization_config: Any = None,
+    seed: int = 0,
+) -> Any:
+    """A sequence classifier with one output (a reward model), for training or for scoring.
+
+    From a language model's weights it gets a new, random score head; that is remembered, and the model is refused for
+    scoring until it has been trained. See :func:`load_causal_lm` for the arguments.
+
+    Raises:
+        ValueError: when the source is unclear, unsafe or incomplete, or has several outputs.
+    """
+    model, missing = _load(
+        "AutoModelForSequenceClassification",
+        source,
+        {"num_labels": 1},
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        quantization_config=quantization_config,
+        seed=seed,
+    )
+    body = [name for name in missing if not _is_head(name)]
+    if body:
+        raise ValueError(
+            f"{source} lacks {len(body)} weights of the model itself ({body[0]}, ...), which would be random; "
+            f"it may hold another kind of model, or be incomplete"
+        )
+    if not isinstance(source, nn.Module):
+        setattr(model, _NEW, tuple(missing))
+    return model
+
+
+def new_head(model: nn.Module) -> tuple[str, ...]:
+    """The weights of a classifier that were drawn at random when it was loaded, and not trained since."""
+    return tuple(getattr(model, _NEW, ()) or getattr(unwrap(model), _NEW, ()))
+
+
+def trained(model: nn.Module) -> None:
+    """Forget that a head was new: the caller trains it."""
+    for holder in (model, unwrap(model)):
+        if getattr(holder, _NEW, None):
+            setattr(holder, _NEW, ())
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] in ("score", "classifier", "v_head") or name.startswith("classification_head")
+
+
+def _load(
+    auto: str,
+    source: str | Path | nn.Module | Mapping[str, Any],
+    config_changes: dict[str, Any],
+    *,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    quantization_config: Any,
+    seed: int,
+) -> tuple[Any, list[str]]:
+    """The model, and the names of weights that no file held."""
+    torch_dtype = parse_dtype(dtype)
+    if isinstance(source, (nn.Module, Mapping)):
+        quantised = load_in_4bit or load_in_8bit or quantization_config is not None
+        for name, value in (("revision", revision), ("quantisation", quantised or None)):
+            if value is not None:
+                what = "a model in memory" if isinstance(source, nn.Module) else "a model from a config"
+                raise ValueError(f"{name}={value!r} has no effect on {what}; leave it out")
+    if isinstance(source, nn.Module):
+        if attn_implementation is not None:
+            raise ValueError("attn_implementation has no effect on a model in memory; load the model with it")
+        return source, []
+    import transformers
+
+    auto_class = getattr(transformers, auto)
+    if isinstance(source, Mapping):
+        config = _config(source, config_changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+            model = auto_class.from_config(config, **extra)
+        every = [name for name, _ in model.named_parameters() if _is_head(name)] if config_changes else []
+        return model.to(torch_dtype).eval(), every
+    if files.is_local(source):
+        source = Path(source).expanduser()
+        if not (source / "config.json").is_file():
+            raise ValueError(f"{source} has no config.json; give the folder that save_pretrained wrote")
+        files.check_folder(source, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": torch_dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options |= config_changes
+    if revision is not None:
+        options["revision"] = revision
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization_config is not None and (load_in_4bit or load_in_8bit):
+        raise ValueError("quantization_config says it all; leave out load_in_4bit and load_in_8bit")
+    settings = quantization_config or quantization(load_in_4bit, load_in_8bit, torch_dtype)
+    if settings is not None:
+        options["quantization_config"] = settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = auto_class.from_pretrained(str(source), output_loading_info=True, **options)
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def _config(source: Mapping[str, Any], changes: dict[str, Any]) -> Any:
+    """A transformers config; unknown keys are refused (transformers would keep and ignore them)."""
+    from transformers import CONFIG_MAPPING
+
+    settings = {**source, **changes}
+    if "auto_map" in settings:
+        raise ValueError(
+            "a config with auto_map names Python code; remove auto_map, and use a family transformers ships"
+        )
+    kind = settings.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        known = tuple(CONFIG_MAPPING.keys())
+        hint = _check.suggestion(str(kind), known) if kind is not None else "; for example 'llama', 'qwen2' or 'gpt2'"
+        raise ValueError(f"the config's model_type {kind!r} is no family of transformers{hint[:300]}")
+    config_class = CONFIG_MAPPING[kind]
+    default = config_class()
+    known = set(default.to_dict()) | set(vars(default)) | set(getattr(config_class, "attribute_map", {}))
+    known |= {"num_labels", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "architectures"}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{key!r} is no setting of a {kind} config{_check.suggestion(key, tuple(sorted(known)))}")
+    return config_class(**settings)

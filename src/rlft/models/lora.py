@@ -1,0 +1,272 @@
+"""LoRA adapters: made, loaded and checked, so that what should train does and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlft.models import adapters, files
+from rlft.models.scorer import unwrap
+
+__all__ = ["LoraSettings", "TrainableReport", "add_lora", "check_trainable", "load_adapter"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter ``W + (alpha / r) B A``.
+
+    Attributes:
+        r: rank, >= 1.
+        alpha: scale, > 0; the adapter's output is multiplied by ``alpha / r``.
+        dropout: on the adapter's input, in [0, 1). Only used by a ``Policy(..., dropout=True)``.
+        target_modules: ``"all-linear"``, or names of linear layers (``["q_proj", "v_proj"]``).
+        modules_to_save: names of modules that are trained in full beside the adapter.
+
+    Raises:
+        ValueError: when a value is out of range.
+
+    References:
+        Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"lora r must be a whole number >= 1 (the rank), got {self.r!r}")
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"lora alpha must be a finite number > 0 (the scale is alpha / r), got {self.alpha!r}")
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora dropout must be >= 0 and < 1, got {self.dropout!r}")
+        if not self.target_modules:
+            raise ValueError("lora target_modules is empty; name linear layers, or use 'all-linear'")
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What an optimizer would change.
+
+    Attributes:
+        names: of the trainable tensors.
+        count: their number of elements.
+        total: elements of all tensors of the model.
+        dtype: the dtype of the trainable tensors.
+    """
+
+    names: tuple[str, ...]
+    count: int
+    total: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        share = 100.0 * self.count / max(self.total, 1)
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.count:,} of {self.total:,} parameters train ({share:.3g} %), {len(self.names)} tensors, {kind}"
+
+
+def check_trainable(model: nn.Module) -> TrainableReport:
+    """List what trains, and refuse a run that cannot learn.
+
+    Raises:
+        ValueError: when nothing is trainable, or a trainable tensor is in half precision (its small updates would be
+            rounded away).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    total = sum(p.numel() for p in model.parameters())
+    if not named:
+        raise ValueError(
+            "no parameter is trainable, so a run would change nothing; add an adapter (rlft.models.add_lora), load the "
+            "adapter trainable (is_trainable=True), or call model.requires_grad_(True)"
+        )
+    for name, p in named:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"trainable parameter {name} is {p.dtype}; updates below 1/256 of a weight are rounded away there: load the "
+                f"model with dtype='float32', or freeze it and train a LoRA adapter (adapters are float32)"
+            )
+    return TrainableReport(tuple(name for name, _ in named), sum(p.numel() for _, p in named), total, named[0][1].dtype)
+
+
+def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) -> Any:
+    """Freeze a model and put a fresh LoRA adapter on it; until it is trained the model's outputs do not change.
+
+    Args:
+        model: a transformers model without adapters. It is changed in place.
+        settings: :class:`LoraSettings`, None for its defaults, or a peft config of your own.
+        seed: of the adapter's first factor. The global random state is left as it was.
+
+    Returns:
+        A ``PeftModel`` whose adapter is trainable and float32 (float64 for float64 models), whatever the base's dtype.
+
+    Raises:
+        ValueError: when the model has an adapter already, or a name in ``target_modules`` or ``modules_to_save``
+            matches nothing.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    if adapters.is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model already has an adapter; train that one, or merge it first (merge_and_unload)")
+    settings = LoraSettings() if settings is None else settings
+    targets, saved = settings.target_modules, settings.modules_to_save
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, (list, tuple, set)) or (isinstance(settings, LoraSettings) and targets != "all-linear"):
+        targets = [targets] if isinstance(targets, str) else sorted(targets)
+        _match(targets, names, what="target_modules", candidates=_linear_names(model))
+    if saved:
+        _match(saved, names, what="modules_to_save", candidates={n.split(".")[-1] for n in names})
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = settings
+    if isinstance(settings, LoraSettings):
+        classifier = type(model).__name__.endswith("ForSequenceClassification")
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=float(settings.dropout),
+            target_modules=targets,
+            modules_to_save=None if saved is None else list(saved),
+            bias="none",
+            task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
+        )
+    with torch.random.fork_rng(devices=adapters._cuda_devices(model)):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+    _full_precision(wrapped)
+    return wrapped
+
+
+def load_adapter(folder: str | Path, *, model: Any = None, **options: Any) -> Any:
+    """A base model with the adapter of a folder on top, trainable.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base; None loads the one the adapter names.
+        options: for :func:`rlft.models.load_causal_lm`, when the base is loaded.
+
+    Returns:
+        A ``PeftModel``.
+
+    Raises:
+        ValueError: when the files are unsafe, or the adapter does not fit the base tensor by tensor.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    folder = Path(folder).expanduser()
+    files.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")
+    config = files.read_json(folder / "adapter_config.json")
+    base_name = config.get("base_model_name_or_path")
+    if model is None:
+        from rlft.models.loading import load_causal_lm
+
+        if not base_name:
+            raise ValueError(
+                f"{folder} names no base model (base_model_name_or_path); load the base yourself and pass "
+                f"load_adapter(folder, model=base)"
+            )
+        model = load_causal_lm(base_name, **{"revision": config.get("revision"), **_given(options)})
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=adapters._cuda_devices(model)):
+            warnings.filterwarnings("ignore", message=".*[Mm]issing.*keys.*")  # checked below, and refused
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): {reason}"
+        ) from error
+    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    with safe_open(str(weights), framework="pt") as stored:
+        saved = set(stored.keys())
+        missing, unknown = sorted(loaded.keys() - saved), sorted(saved - loaded.keys())
+        unknown = [name for name in unknown if not _is_base_weight(name, before)]
+        if missing or unknown:
+            raise ValueError(
+                f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): "
+                f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} without a place {unknown[:2]}; "
+                f"load it onto the base it was trained on"
+            )
+        for name in sorted(loaded):
+            value: Tensor = stored.get_tensor(name)
+            if not torch.equal(value.to(loaded[name]), loaded[name].detach()):
+                raise ValueError(
+                    f"adapter tensor {name} of {folder} was not loaded as stored; report this with the file"
+                )
+    _full_precision(wrapped)
+    return wrapped
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not (name == "revision" and value is None)}
+
+
+def _is_base_weight(name: str, base: dict[str, tuple[int, ...]]) -> bool:
+    """Whether peft stored a base weight (a resized embedding) beside the adapter."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "") in base
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    """Last components of the names of layers a LoRA can sit on, most useful first."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D":
+            names.add(name.split(".")[-1])
+    return names
+
+
+def _match(wanted: Iterable[str], names: list[str], *, what: str, candidates: set[str]) -> None:
+    for target in wanted:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            close = difflib.get_close_matches(target, sorted(candidates), n=3, cutoff=0.5) or sorted(candidates)
+            raise ValueError(f"lora {what} {target!r} matches no module of the model; it has {', '.join(close[:12])}")
+
+
+def _full_precision(model: Any) -> None:
+    """Trainable tensors in float32; modules trained in full get and give the dtype their neighbours expect."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+    from peft.utils.other import ModulesToSaveWrapper
+
+    head = unwrap(model).get_output_embeddings() if hasattr(unwrap(model), "get_output_embeddings") else None
+    for module in model.modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        outside = next((p.dtype for p in module.original_module.parameters()), torch.float32)
+        if outside not in (torch.bfloat16, torch.float16):
+            continue
+        for copied in module.modules_to_save.values():
+            copied.register_forward_pre_hook(_inputs_float)
+            if module is not head:
+                copied.register_forward_hook(_Outputs(outside))
+
+
+def _inputs_float(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+class _Outputs:
+    """A forward hook that gives a module's output the dtype of the layers around it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output.to(self.dtype) if isinstance(output, Tensor) and output.is_floating_point() else output

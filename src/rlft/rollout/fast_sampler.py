@@ -1,0 +1,107 @@
+"""The built-in sampler: its own decoding loop over a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlft import _check
+from rlft.rollout.decode_loop import DecodeLoop
+from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
+from rlft.rollout.types import Rollout, SamplingParams, check_request
+
+__all__ = ["FastSampler", "unsupported"]
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def unsupported(model: Any) -> str | None:
+    """Why :class:`FastSampler` cannot run a model, None where it can."""
+    try:
+        inner = generating_model(model)
+    except ValueError as error:
+        return str(error)
+    config = inner.config.get_text_config(decoder=True)
+    if inner.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if getattr(inner, "_is_stateful", False):
+        return "its state is no key-value cache"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= _LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(kinds - _LAYER_TYPES))}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if rope_types & _BATCH_DEPENDENT_ROPE:
+        return f"its {', '.join(sorted(rope_types & _BATCH_DEPENDENT_ROPE))} rotary positions depend on the batch"
+    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+        return "its forward takes no past_key_values"
+    return None
+
+
+class FastSampler:
+    """A :class:`Sampler` that prefills each prompt once, drops finished rows and refills their slots.
+
+    The prompt of a group runs through the model once, however many completions it gets. Rows that end free their
+    slot at once; waiting rows take it (continuous batching), so a step never computes a finished row. Greedy rows equal
+    those of ``generate`` and sampled rows those of :class:`TransformersSampler` with the same seed, up to float
+    rounding: every random number belongs to (seed, prompt, sample, position), not to a slot.
+
+    Args:
+        model: a causal language model or a LoRA PeftModel over one; read at every call, so always the live weights.
+        tokenizer: its EOS ends a row, its padding token fills prompts on the left.
+        max_batch: slots, the rows decoded at once.
+        max_prefill_tokens: prompt tokens (padding included) that go through the model at once.
+
+    Raises:
+        ValueError: for a model whose cache is not made of rows of keys and values (state-space layers,
+            encoder-decoders, ...), with the reason; use ``TransformersSampler`` for those.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 128, max_prefill_tokens: int = 8192) -> None:
+        _check.number("max_batch", max_batch, low=1)
+        _check.number("max_prefill_tokens", max_prefill_tokens, low=1)
+        reason = unsupported(model)
+        if reason:
+            raise ValueError(f"the built-in sampler cannot run this model: {reason}; use the 'transformers' sampler")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch, self.max_prefill_tokens = int(max_batch), int(max_prefill_tokens)
+        self.end_ids = end_token_ids(model, tokenizer)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        weight_version: int = 0,
+        poll: Callable[[], None] | None = None,
+    ) -> Rollout:
+        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
+        prompts = check_request(prompt_ids, n, seed)
+        model = generating_model(self.model)
+        check_context(model, prompts, params.max_new_tokens)
+        with sampling_mode(self.model):
+            loop = DecodeLoop(
+                model,
+                prompts,
+                n,
+                params,
+                seed=seed,
+                slots=self.max_batch,
+                max_prefill_tokens=self.max_prefill_tokens,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+            )
+            while loop.busy:
+                if poll is not None:
+                    poll()
+                loop.admit()
+                loop.step()
+        return loop.result(weight_version)
