@@ -49,7 +49,10 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["eval_fraction=1.5"], "must lie between 0 and 1"),
         (["pair_rewards=[0.5, 0.5]"], "chosen above rejected"),
         (["rewards=[math]", "reward_weights=[1, 2]"], "2 entries for 1 rewards"),
-        (["steps_per_generation=3", "gradient_accumulation_steps=2"], "must be a multiple of gradient_accumulation_steps=2"),
+        (
+            ["steps_per_generation=3", "gradient_accumulation_steps=2"],
+            "must be a multiple of gradient_accumulation_steps=2",
+        ),
         (["replay_capacity=3"], "does nothing while replay_probability is 0"),
         (["beta"], "is not key=value"),
         (["objective=grpo", "objective.x=1"], "objective is not a mapping"),
@@ -110,4 +113,9 @@ def test_every_field_is_documented_and_grouped() -> None:
 
 
 def test_overrides_are_yaml_values() -> None:
-    assert parse_overrides(["a=1.5", "b=[x, y]", "c=null", "--d=true"]) == {"a": 1.5, "b": ["x", "y"], "c": None, "d": True}
+    assert parse_overrides(["a=1.5", "b=[x, y]", "c=null", "--d=true"]) == {
+        "a": 1.5,
+        "b": ["x", "y"],
+        "c": None,
+        "d": True,
+    }

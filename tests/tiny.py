@@ -116,7 +116,10 @@ def tiny_mistral(*, seed: int = 0, dtype: torch.dtype = torch.float32, head: str
 
 
 def tiny_gemma2(*, seed: int = 0, dtype: torch.dtype = torch.float32, head: str = "causal", **config: Any) -> Any:
-    """Gemma 2: logits soft-capped at 3 (low, so that the cap bites), tied embeddings scaled by sqrt(D)."""
+    """Gemma 2: logits soft-capped at 3 (low, so that the cap bites), tied embeddings scaled by sqrt(D).
+
+    In float64 its eager attention gives NaN where a window of 6 sees padding alone: keep float64 rows short.
+    """
     defaults = {
         "final_logit_softcapping": 3.0,
         "attn_logit_softcapping": 5.0,

@@ -101,7 +101,10 @@ class Objective:
         averaging: str | None,
         length: int | None,
     ) -> tuple[str, int | None]:
-        native = getattr(loss, "reduction", None) or probe(Term(loss, tensors, own, rename=rename), self.name)
+        native = getattr(loss, "reduction", None)
+        if native is None or getattr(loss, "__module__", "").startswith("rlft."):
+            # called once on a tiny example: a bad hyper-parameter is refused here, not at the first step
+            native = probe(Term(loss, tensors, own, rename=rename), self.name)
         chosen = averaging or native
         if chosen not in reduce.REDUCTIONS:
             raise ValueError(f"averaging {chosen!r} is unknown{_check.suggestion(chosen, reduce.REDUCTIONS)}")

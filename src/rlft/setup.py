@@ -454,16 +454,9 @@ def _load_policy(config: Config, source: Any, tokenizer: Any, objective: Objecti
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         seed=config.seed,
-        quantization=_quantization(config),
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
     )
-
-
-def _quantization(config: Config) -> Any:
-    from rlft.models import QuantizationSettings
-
-    if not (config.load_in_4bit or config.load_in_8bit):
-        return None
-    return QuantizationSettings(load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit)
 
 
 def _lora_settings(config: Config, given: Any) -> Any:
@@ -484,7 +477,9 @@ def _reference(config: Config, given: Any, objective: Objective) -> Any:
         return "auto"
     from rlft.models import load_causal_lm
 
-    return load_causal_lm(target, dtype=config.dtype) if isinstance(target, (str, Path)) else target
+    return (
+        load_causal_lm(target, dtype=config.dtype).requires_grad_(False) if isinstance(target, (str, Path)) else target
+    )
 
 
 def _critic(config: Config, objective: Objective) -> Any:

@@ -88,9 +88,7 @@ def spm_tokenizer(*, add_bos: bool = True, template: str | None = None) -> PreTr
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS * 4, trainer)
-    tokenizer = wrap(
-        with_bos(backend) if add_bos else backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = wrap(with_bos(backend) if add_bos else backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -108,7 +106,10 @@ def gpt2_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML

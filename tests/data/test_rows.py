@@ -100,7 +100,11 @@ class TestFolder:
         assert prompts(load_rows(tmp_path, split="test")) == ["3"]
 
     def test_hub_layout(self, tmp_path):
-        for name, prompt in (("train-00000-of-00002", "1"), ("train-00001-of-00002", "2"), ("test-00000-of-00001", "3")):
+        for name, prompt in (
+            ("train-00000-of-00002", "1"),
+            ("train-00001-of-00002", "2"),
+            ("test-00000-of-00001", "3"),
+        ):
             (tmp_path / "data").mkdir(exist_ok=True)
             pq.write_table(pa.table({"prompt": [prompt]}), tmp_path / "data" / f"{name}.parquet")
         assert prompts(load_rows(tmp_path)) == ["1", "2"]
@@ -192,7 +196,7 @@ class TestDatasets:
     def test_saved_state_cannot_name_other_files(self, tmp_path, name):
         datasets.Dataset.from_list([{"prompt": "x"}]).save_to_disk(str(tmp_path / "saved"))
         (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-        with pytest.raises(ValueError, match="expected .arrow files of the same folder"):
+        with pytest.raises(ValueError, match=r"expected \.arrow files of the same folder"):
             load_rows(tmp_path / "saved")
 
     def test_hub_loader_on_a_local_folder(self, tmp_path):

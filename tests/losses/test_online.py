@@ -53,8 +53,8 @@ def test_reinforce_ascends_the_reward(n: int, baseline: str) -> None:
 def test_reward_to_go_is_reinforce_with_less_noise() -> None:
     """Token rewards: charging each token only with what follows leaves the expectation and lowers the variance."""
     s = early_eos()
-    per_token = torch.randn(s.world.num_answers, 3, generator=torch.Generator().manual_seed(5), dtype=F64)
-    per_token = per_token.where(s.world.mask, 0.0)
+    table = torch.randn(s.world.num_states, 3, generator=torch.Generator().manual_seed(5), dtype=F64)
+    per_token = table[s.world.states, s.world.tokens].where(s.world.mask, 0.0)  # known once the token is
     to_go = per_token.flip(-1).cumsum(-1).flip(-1)
     truth = -s.gradient(s.world.expected(per_token.sum(-1), s.logits))
 

@@ -298,7 +298,9 @@ def advantages(
         ref_model=SimpleNamespace(name="reference"),
         _tokenizer=SimpleNamespace(pad_token_id=0),
         args=SimpleNamespace(
-            per_device_train_batch_size=rows, gradient_checkpointing_kwargs=None, steps_per_generation=1,
+            per_device_train_batch_size=rows,
+            gradient_checkpointing_kwargs=None,
+            steps_per_generation=1,
             gradient_accumulation_steps=1,
         ),
         beta=beta,
@@ -318,7 +320,8 @@ def advantages(
         _generate=lambda prompts: sampled if loo else (*sampled[:2], None, sampled[2], None, {}, None, None),
     )
     owner = RLOOTrainer if loo else GRPOTrainer
-    return owner._generate_and_score_completions(me, [{"prompt": "p"}] * rows)["advantages"]
+    with double():
+        return owner._generate_and_score_completions(me, [{"prompt": "p"}] * rows)["advantages"]
 
 
 def reward_model(
@@ -346,9 +349,7 @@ def cpo(
     """``CPOTrainer.cpo_loss``, per pair; for ipo and simpo the trainer passes mean log-probs, otherwise sums."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
-    me = trainer(
-        loss_type=loss_type, beta=beta, simpo_gamma=simpo_gamma, label_smoothing=label_smoothing, alpha=alpha
-    )
+    me = trainer(loss_type=loss_type, beta=beta, simpo_gamma=simpo_gamma, label_smoothing=label_smoothing, alpha=alpha)
     return CPOTrainer.cpo_loss(me, chosen, rejected)[0]
 
 

@@ -18,7 +18,9 @@ LABELS = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1]).bool()
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.5)])
 @pytest.mark.parametrize("shift", [0.7, -0.7], ids=["baseline above zero", "baseline clamped to zero"])
-@pytest.mark.parametrize("labels", [LABELS, torch.ones(12).bool(), torch.zeros(12).bool()], ids=["mixed", "all", "none"])
+@pytest.mark.parametrize(
+    "labels", [LABELS, torch.ones(12).bool(), torch.zeros(12).bool()], ids=["mixed", "all", "none"]
+)
 def test_kto(labels: torch.Tensor, shift: float, weights: tuple[float, float]) -> None:
     r = Rollouts.make(1)
     mismatched, ref_mismatched = r.old_logps.sum(-1) + shift, r.old_logps.sum(-1)

@@ -43,7 +43,9 @@ DPO: list[tuple[str, Ours, dict[str, Any]]] = [
 def test_dpo_losses(name: str, ours: Ours, theirs: dict[str, Any], seed: int) -> None:
     pairs = Pairs.make(seed)
     output = ours(pairs)
-    assert_agree(output.mean(), standin.dpo(pairs.logps, pairs.ref_logps, pairs.mask, loss_type=name, **theirs), pairs.logps)
+    assert_agree(
+        output.mean(), standin.dpo(pairs.logps, pairs.ref_logps, pairs.mask, loss_type=name, **theirs), pairs.logps
+    )
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -170,14 +170,16 @@ def test_33_not_one_scalar_per_row(value):
 
 @pytest.mark.parametrize("value", [[0.0, [1.0], 0.0], [0.0, torch.zeros(2), 0.0], [0.0, np.zeros(2), 0.0]])
 def test_33_a_list_in_a_row(value):
-    with pytest.raises(RewardError, match="'judge' returned .* for row 1") as caught:
+    with pytest.raises(RewardError, match=r"'judge' returned .* for row 1") as caught:
         score(RewardSet(returning(value)))
     assert (caught.value.function, caught.value.row) == ("judge", 1)
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf"), torch.tensor(NAN), np.float32("nan"), 10**400])
 def test_34_not_finite(bad):
-    with pytest.raises(RewardError, match=r"'judge' returned (nan|-?inf) for row 2 at step 7; a reward must be finite") as e:
+    with pytest.raises(
+        RewardError, match=r"'judge' returned (nan|-?inf) for row 2 at step 7; a reward must be finite"
+    ) as e:
         score(RewardSet(returning([0.0, 0.0, bad])), state=SimpleNamespace(global_step=7))
     assert (e.value.function, e.value.step, e.value.row) == ("judge", 7, 2)
 
@@ -188,14 +190,13 @@ def test_35_36_none_is_unscored_warned_once_and_counted(caplog):
         for _ in range(3):
             output = score(rewards)
     assert output.all_unscored
-    assert rewards.unscored_in_a_row == 3
+    assert output.unscored == 3
     messages = [record.message for record in caplog.records]
     assert len(messages) == 2
     assert "'judge' returned None" in messages[0]
-    assert "no completion of this batch has a reward" in messages[1]
+    assert "no completion of a batch has a reward" in messages[1]
     rewards.funcs = (returning([1.0, None, None]),)
     assert not score(rewards).all_unscored
-    assert rewards.unscored_in_a_row == 0
 
 
 @pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.bool_(True), Fraction(1), torch.tensor(1)])
@@ -208,7 +209,9 @@ def test_37_other_numbers_are_taken_as_floats(value, caplog):
     assert len(kinds) == (0 if isinstance(value, np.floating) else 1)
 
 
-@pytest.mark.parametrize("value", [torch.tensor([1.0, 2.0, 3.0]), np.array([1.0, 2, 3]), np.array([1, 2, 3]), (1.0, 2.0, 3.0)])
+@pytest.mark.parametrize(
+    "value", [torch.tensor([1.0, 2.0, 3.0]), np.array([1.0, 2, 3]), np.array([1, 2, 3]), (1.0, 2.0, 3.0)]
+)
 def test_plain_arrays_are_lists(value):
     assert score(RewardSet(returning(value))).rewards.tolist() == [1.0, 2.0, 3.0]
 
@@ -265,7 +268,9 @@ def test_41_a_hang_ends_at_the_limit():
 
     for funcs, name in (([hangs], "hangs"), ([quick, hangs_async], "hangs_async"), ([blocks], "blocks")):
         start = time.monotonic()
-        with pytest.raises(RewardError, match=rf"'{name}' did not return within 0.2 s at step 5; raise the reward timeout"):
+        with pytest.raises(
+            RewardError, match=rf"'{name}' did not return within 0.2 s at step 5; raise the reward timeout"
+        ):
             score(RewardSet(funcs, timeout=0.2), state=SimpleNamespace(global_step=5))
         assert time.monotonic() - start < 3
     release.set()

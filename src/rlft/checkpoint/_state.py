@@ -91,7 +91,7 @@ def set_rng_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> N
         torch.Generator().set_state(tensors["cpu"])
         numpy = _checked_numpy(record["numpy"])
         cuda = [tensors[f"cuda:{index}"] for index in range(record["cuda"])]
-    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"the random state cannot be restored: {error!r}; the resume would not be exact"
         ) from error

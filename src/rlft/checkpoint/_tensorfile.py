@@ -73,7 +73,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain.numel():
         return memoryview(b"")
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    flat = plain.reshape(-1)
+    # A single element counts as contiguous whatever its stride, but cannot be viewed as bytes under another one.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:

@@ -162,7 +162,8 @@ class Chat:
         except jinja2.exceptions.SecurityError as error:
             raise ValueError(f"the chat template tried what its sandbox forbids: {error}; do not use it") from error
         except (jinja2.exceptions.TemplateError, TypeError) as error:
-            raise BadRow(f"{TEMPLATE_REFUSED}: {str(error).splitlines()[0][:80] if str(error) else error!r}") from None
+            said = (str(error) or repr(error)).splitlines()[0][:80]
+            raise BadRow(f"{TEMPLATE_REFUSED}: {said}") from None
 
 
 def _divergence(prompt_text: str, text: str) -> str:

@@ -245,6 +245,9 @@ def count(report: DataReport, result: Any, where: str) -> None:
     report.truncated_prompts += tokens.prompt_truncated
     report.boundary_splits += tokens.boundary_split
     report.eos_added += tokens.eos_added
+    if tokens.special_in_text:
+        report.special_in_text += 1
+        report.first.setdefault("special token in text", where)
     for completion in example.completions:
         report.completions += 1
         report.truncated_completions += completion.truncated
@@ -282,6 +285,12 @@ def _warn(report: DataReport, limits: Limits) -> None:
         messages.append(
             f"in {report.boundary_splits} of {report.kept} rows the tokenizer merges across the end of the prompt; "
             f"their answers were tokenised on their own, as generation would continue (separator='\\n' avoids it)"
+        )
+    if report.special_in_text:
+        messages.append(
+            f"{report.special_in_text} of {report.kept} rows write a special token in their own text (first: "
+            f"{report.first['special token in text']}), and the tokenizer makes that token of it, an end in the middle "
+            f"of an answer for example; change the text if that is not meant"
         )
     if report.duplicates:
         messages.append(f"{report.duplicates} of {report.rows} rows repeat an earlier one; they count twice")
@@ -329,8 +338,8 @@ def check_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> Ov
         if example.prompt_ids not in prompts:
             continue
         known = bool(example.completions) and all((example.prompt_ids, c.ids) in answered for c in example.completions)
-        if example.completions and not known and len(example.prompt_ids) == 1:
-            continue  # a text on its own: its prompt is the BOS that every text has
+        if example.prompt == "" and not known:
+            continue  # a text on its own: its prompt is the BOS, or the first token, that others have too
         first = index if first is None else first
         shared += 1
         whole += known

@@ -15,7 +15,8 @@ them. Four rules hold for every row, and have tests:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ __all__ = ["Encoded", "Encoder", "Limits"]
 PROMPT_LONG = "prompt longer than max_prompt_length"
 PROMPT_FILLS = "prompt fills max_length"
 NOTHING_LEFT = "nothing to train on within the length limit"
+NO_TOKENS = "completion has no tokens of its own"
 NO_BOUNDARY = "prompt is not a token prefix of the row"
 
 TruncationMode = Literal["keep_end", "keep_start", "skip"]
@@ -79,6 +81,7 @@ class Encoded:
     prompt_truncated: bool
     boundary_split: bool
     eos_added: int
+    special_in_text: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class _Plan:
     answers: list[tuple[str, list[Cut]]]
     chat: bool
     language_modelling: bool = False
+    special_in_text: bool = False
 
     def texts(self) -> Iterable[str]:
         yield self.prompt
@@ -139,6 +143,9 @@ class Encoder:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids) | self.ends
         self.chat = Chat(tokenizer, tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends))))
+        texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self.special)) if text]
+        longest_first = sorted(texts, key=len, reverse=True)
+        self._special_texts = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.prefix = self._automatic_prefix()
         self._blank: dict[int, bool] = {}
 
@@ -177,12 +184,34 @@ class Encoder:
                 prompt,
                 [self.chat.answer(prompt, row.prompt, answer, *arguments) for answer in row.completions],  # pyright: ignore
                 chat=True,
+                special_in_text=any(map(self._writes_special, _contents(row))),
             )
         answers: list[str] = [answer for answer in row.completions if isinstance(answer, str)]
         if not row.prompt:  # a `text` row
-            return _Plan("", [(text, [(len(text), True)]) for text in answers], chat=False, language_modelling=True)
+            whole = [(text, [(len(text), True)]) for text in answers]
+            return _Plan(
+                "",
+                whole,
+                chat=False,
+                language_modelling=True,
+                special_in_text=self._writes_special(*answers, bos=True, end=True),
+            )
         prompt = row.prompt + self.separator
-        return _Plan(prompt, [(prompt + text, [(len(prompt + text), True)]) for text in answers], chat=False)
+        whole = [(prompt + text, [(len(prompt + text), True)]) for text in answers]
+        special = self._writes_special(prompt, bos=True) or any(
+            self._writes_special(text, end=True) for text in answers
+        )
+        return _Plan(prompt, whole, chat=False, special_in_text=special)
+
+    def _writes_special(self, text: str, *, bos: bool = False, end: bool = False) -> bool:
+        """Whether a text writes a special token, other than a BOS at its start or an end at its end where allowed."""
+        found = self._special_texts.search(text)
+        while found and (
+            (bos and found.start() == 0 and found.group() == self.tokenizer.bos_token)
+            or (end and found.end() == len(text) and found.group() in self.chat.end_tokens)
+        ):
+            found = self._special_texts.search(text, found.end())
+        return found is not None
 
     # -- tokens -----------------------------------------------------------------------------------------------------
     def _assemble(self, plan: _Plan, ids: dict[str, list[int]]) -> Encoded:
@@ -211,6 +240,7 @@ class Encoder:
             prompt_truncated,
             split,
             sum(added for _, _, added in finished) if plan.chat else 0,
+            plan.special_in_text,
         )
 
     def _language_modelling(self, plan: _Plan, ids: dict[str, list[int]]) -> tuple[list[int], list[_Pieces], bool]:
@@ -270,8 +300,8 @@ class Encoder:
             last = index == len(pieces) - 1
             ids += piece[:keep] if last else piece
             mask += [trained] * keep + [False] * (0 if last else len(piece) - keep)
-        if not ids:
-            raise BadRow(EMPTY_COMPLETION)
+        if not ids:  # e.g. an unknown character that the prompt's last unknown token swallows
+            raise BadRow(NO_TOKENS)
         added = int(self.add_eos and ids[-1] not in self.ends)
         if added:
             assert self.eos_id is not None
@@ -343,3 +373,11 @@ class Encoder:
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
+
+
+def _contents(row: ParsedRow) -> Iterator[str]:
+    """The texts of a conversation's messages."""
+    for messages in (row.prompt, *row.completions):
+        for message in messages:
+            if isinstance(message, dict):
+                yield str(message.get("content", ""))

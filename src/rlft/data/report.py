@@ -32,6 +32,7 @@ class DataReport:
         completions: answers in all.
         boundary_splits: rows whose tokenizer merges across the end of the prompt, tokenised apart.
         eos_added: conversational answers whose template does not end with the end-of-sequence token.
+        special_in_text: rows whose own text writes a special token, which the tokenizer makes of it.
         duplicates: rows that repeat an earlier one.
         trained_tokens: tokens that are trained on.
         prompt_lengths, completion_lengths: tokens at the quantiles 0, 0.5, 0.9, 0.99 and 1, after truncation.
@@ -47,6 +48,7 @@ class DataReport:
     completions: int = 0
     boundary_splits: int = 0
     eos_added: int = 0
+    special_in_text: int = 0
     duplicates: int = 0
     trained_tokens: int = 0
     prompt_lengths: tuple[int, ...] = ()
@@ -77,6 +79,7 @@ class DataReport:
             (self.truncated_completions, f"of {self.completions} answers cut to the limit; they hold no EOS"),
             (self.boundary_splits, "rows whose tokens merge across the end of the prompt, tokenised apart"),
             (self.eos_added, "answers whose chat template does not end with EOS; it was added"),
+            (self.special_in_text, "rows whose text writes a special token; it becomes that token"),
             (self.duplicates, "rows that repeat an earlier one"),
         ):
             if count:

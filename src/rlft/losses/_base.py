@@ -6,10 +6,12 @@ not chosen) is NaN, to be skipped when averaging; a masked entry is zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ParamSpec
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from rlft import _check
 from rlft.advantages import Groups
@@ -20,7 +22,7 @@ P = ParamSpec("P")
 
 
 def loss_function(
-    *, reduction: Reduction, min_group: int = 1, on_policy_only: bool = False
+    *, reduction: Reduction, min_group: int = 1, on_policy_only: bool = False, couples_rows: bool = False
 ) -> Callable[[Callable[P, LossOutput]], Callable[P, LossOutput]]:
     """Mark a loss with what a trainer must know before the forward pass; the function itself is unchanged.
 
@@ -28,13 +30,16 @@ def loss_function(
         reduction: the paper's averaging, equal to that of the LossOutput.
         min_group: how many rows of one prompt the loss needs.
         on_policy_only: True = biased on tokens that the current policy did not sample.
+        couples_rows: True = compares rows of different prompts, so that a batch cannot be split at all.
 
     Returns:
-        a decorator that sets ``fn.reduction``, ``fn.min_group`` and ``fn.on_policy_only``.
+        a decorator that sets ``fn.reduction``, ``fn.min_group``, ``fn.on_policy_only`` and ``fn.couples_rows``.
     """
 
     def mark(fn: Callable[P, LossOutput]) -> Callable[P, LossOutput]:
-        vars(fn).update(reduction=reduction, min_group=min_group, on_policy_only=on_policy_only)
+        vars(fn).update(
+            reduction=reduction, min_group=min_group, on_policy_only=on_policy_only, couples_rows=couples_rows
+        )
         return fn
 
     return mark
@@ -67,6 +72,11 @@ def pair_logps(*, learned: int = 2, **logps: Tensor) -> tuple[Tensor, ...]:
     _check.vector(**logps)
     _check.log_probs(**logps)
     return tuple(_check.upcast(x if i < learned else x.detach()) for i, x in enumerate(logps.values()))
+
+
+def detached(logps: Tensor) -> Tensor:
+    """One tensor as a float32 or float64 constant."""
+    return _check.detach(logps)[0]
 
 
 def lengths(like: Tensor, **counts: Tensor) -> tuple[Tensor, ...]:
@@ -105,6 +115,45 @@ def scored_rows(
     _check.finite(member, rewards=rewards)
     groups = Groups.of(group_ids, member, at_least=min_group, wanted_by=wanted_by)
     return rewards.where(member, 0.0), groups, mask & member.unsqueeze(-1)
+
+
+def implicit_rewards(
+    beta: float, chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """``beta`` times the log-ratios of the chosen and of the rejected answer, differentiable, and their metrics."""
+    _check.number("beta", beta, low=0.0, open_low=True)
+    chosen, rejected, ref_chosen, ref_rejected = pair_logps(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+    metrics = pair_metrics(beta, chosen, rejected, ref_chosen, ref_rejected)
+    return beta * (chosen - ref_chosen), beta * (rejected - ref_rejected), metrics
+
+
+def smoothing(label_smoothing: float) -> None:
+    """Refuse a share of flipped labels outside ``[0, 0.5)``."""
+    _check.number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    if label_smoothing == 0.5:
+        raise ValueError("label_smoothing must be < 0.5 (at 0.5 the labels say nothing), got 0.5; lower it")
+
+
+def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """``-(1-e) logsigmoid(margin) - e logsigmoid(-margin)``."""
+    loss = -logsigmoid(margin)
+    if label_smoothing == 0.0:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-margin)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x < 0, accurate near zero and far from it; -inf at zero."""
+    near = x > -math.log(2)
+    # where() twice: the branch not taken must not put NaN into the gradient.
+    close = (-x.where(near, -0.5).expm1()).log()
+    far = (-x.where(~near, -1.0).exp()).log1p()
+    return close.where(near, far)
 
 
 def pair_metrics(

@@ -10,7 +10,7 @@ from rlft import _check
 from rlft.losses import _base
 from rlft.types import LossOutput
 
-__all__ = ["dpo", "dpo_reference_free"]
+__all__ = ["dpo", "dpo_reference_free", "robust_dpo"]
 
 
 @_base.loss_function(reduction="mean")
@@ -44,20 +44,52 @@ def dpo(
     References:
         Rafailov et al. 2023, arXiv 2305.18290, equation 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    _check.number("beta", beta, low=0.0, open_low=True)
-    _smoothing(label_smoothing)
-    chosen, rejected, ref_chosen, ref_rejected = _base.pair_logps(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+    _base.smoothing(label_smoothing)
+    chosen, rejected, metrics = _base.implicit_rewards(
+        beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return LossOutput(
-        loss=_smoothed(margin, label_smoothing),
-        metrics=_base.pair_metrics(beta, chosen, rejected, ref_chosen, ref_rejected),
-        reduction="mean",
+    loss = _base.smoothed_logistic(chosen - rejected, label_smoothing)
+    return LossOutput(loss=loss, metrics=metrics, reduction="mean")
+
+
+@_base.loss_function(reduction="mean")
+def robust_dpo(
+    chosen_logps: Float[Tensor, " P"],
+    rejected_logps: Float[Tensor, " P"],
+    ref_chosen_logps: Float[Tensor, " P"],
+    ref_rejected_logps: Float[Tensor, " P"],
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> LossOutput:
+    """``(-(1-e) logsigmoid(beta h) + e logsigmoid(-beta h)) / (1-2e)``: DPO, unbiased when a share e of labels is flipped.
+
+    Averaged over flips of probability e it is DPO's loss on the clean labels, exactly. Single pairs can be negative.
+
+    Args:
+        chosen_logps: ``[P]`` log-prob of the chosen answer, summed over its tokens.
+        rejected_logps: ``[P]`` the same of the rejected answer.
+        ref_chosen_logps: ``[P]`` under the reference.
+        ref_rejected_logps: ``[P]`` under the reference.
+        beta: strength of the pull to the reference, > 0.
+        label_smoothing: the share of flipped labels e, in [0, 0.5).
+
+    Returns:
+        loss ``[P]``, averaged over pairs; implicit rewards as metrics.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, or hyper-parameters out of range.
+
+    References:
+        Chowdhury et al. 2024, arXiv 2403.00409, equation 12.
+    """
+    _base.smoothing(label_smoothing)
+    chosen, rejected, metrics = _base.implicit_rewards(
+        beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
+    margin = chosen - rejected
+    loss = -(1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
+    return LossOutput(loss=loss / (1 - 2 * label_smoothing), metrics=metrics, reduction="mean")
 
 
 @_base.loss_function(reduction="mean")
@@ -86,23 +118,10 @@ def dpo_reference_free(
         Rafailov et al. 2023, arXiv 2305.18290.
     """
     _check.number("beta", beta, low=0.0, open_low=True)
-    _smoothing(label_smoothing)
+    _base.smoothing(label_smoothing)
     chosen, rejected = _base.pair_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     return LossOutput(
-        loss=_smoothed(beta * (chosen - rejected), label_smoothing),
+        loss=_base.smoothed_logistic(beta * (chosen - rejected), label_smoothing),
         metrics=_base.pair_metrics(beta, chosen, rejected),
         reduction="mean",
     )
-
-
-def _smoothing(label_smoothing: float) -> None:
-    _check.number("label_smoothing", label_smoothing, low=0.0, high=0.5)
-    if label_smoothing == 0.5:
-        raise ValueError("label_smoothing must be < 0.5 (at 0.5 the labels say nothing), got 0.5; lower it")
-
-
-def _smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
-    loss = -logsigmoid(margin)
-    if label_smoothing == 0.0:
-        return loss
-    return (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-margin)

@@ -41,20 +41,11 @@ def slic(
     References:
         Liu et al. 2023 (RSO), arXiv 2309.06657, equation 10.
     """
-    _check.number("beta", beta, low=0.0, open_low=True)
     _check.number("delta", delta, low=0.0, open_low=True)
-    chosen, rejected, ref_chosen, ref_rejected = _base.pair_logps(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+    chosen, rejected, metrics = _base.implicit_rewards(
+        beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return LossOutput(
-        loss=(delta - margin).relu(),
-        metrics=_base.pair_metrics(beta, chosen, rejected, ref_chosen, ref_rejected),
-        reduction="mean",
-    )
+    return LossOutput(loss=(delta - (chosen - rejected)).relu(), metrics=metrics, reduction="mean")
 
 
 @_base.loss_function(reduction="mean")

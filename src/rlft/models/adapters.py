@@ -28,8 +28,8 @@ def active_adapter(model: Any) -> str:
     Raises:
         ValueError: when none or several are.
     """
-    names = model.active_adapters
-    names = list(names() if callable(names) else names)
+    given: Any = model.active_adapters
+    names: list[str] = list(given()) if callable(given) else list(given)
     if len(names) != 1:
         raise ValueError(
             f"a policy needs exactly one active adapter, got {names or 'none'}; call model.set_adapter(name) first"

@@ -40,7 +40,7 @@ class CriticModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self._scorer = CausalScorer(model)
         base = unwrap(model)
         trunk = self._scorer.trunk

@@ -128,7 +128,7 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
         _match(saved, names, what="modules_to_save", candidates={n.split(".")[-1] for n in names})
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = settings
+    config: Any = settings
     if isinstance(settings, LoraSettings):
         classifier = type(model).__name__.endswith("ForSequenceClassification")
         config = LoraConfig(

@@ -61,7 +61,7 @@ class Policy(TrainableModule):
         chunk_size: tuple[int, int] = DEFAULT_CHUNK,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.dropout = dropout
         self.chunk_size = chunk_size
         self._scorer = CausalScorer(model)

@@ -33,7 +33,7 @@ class RewardScorer(TrainableModule):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         base = unwrap(model)
         labels = getattr(base.config, "num_labels", None)
         if not type(base).__name__.endswith("ForSequenceClassification") or labels != 1:

@@ -24,7 +24,7 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PeftModel (its LoRA layers stay in place), else the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -70,9 +70,10 @@ class CausalScorer:
     def matrix_head(self) -> Head | None:
         """The head's current weight, when the head is a plain linear layer."""
         head = self.head_module
-        plain = isinstance(head, nn.Linear) and head.weight.ndim == 2 and head.weight.is_floating_point()
-        if not plain or hasattr(head, "base_layer"):
-            return None
+        if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
+            return None  # an adapter's layer, or modules_to_save
+        if head.weight.ndim != 2 or not head.weight.is_floating_point():
+            return None  # a quantised head
         return Head(head.weight, head.bias, self.logit_scale, self.softcap)
 
     # -- forward --------------------------------------------------------------------------------------------------

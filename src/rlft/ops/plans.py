@@ -62,8 +62,7 @@ class RecomputePlan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.names, ctx.problem = want, problem
         ctx.save_for_backward(hidden, weight, bias, problem.ref_hidden, problem.ref_weight, problem.ref_bias)
-        ctx.lse, ctx.ref_lse = result.lse, result.ref_lse
-        ctx.entropy, ctx.kl = result.values.get("entropy"), result.values.get("kl")
+        ctx.lse, ctx.mean_delta, ctx.entropy = result.lse, result.mean_delta, result.values.get("entropy")
         outputs = tuple(result.values[name] for name in want)
         ctx.mark_non_differentiable(*(out for name, out in zip(want, outputs, strict=True) if name not in grad))
         return outputs
@@ -146,10 +145,9 @@ def _d_logits(
         g = given["entropy"][rows].to(p.dtype)
         centred = logp.add_(ctx.entropy[rows, None])
         dz.addcmul_(g[:, None] * centred, prob, value=-1.0)
-    if "kl" in given:  # p (delta - E[delta]) with E[delta] = KL + Lambda
+    if "kl" in given:  # p (delta - E[delta])
         assert tile.delta is not None
         g = given["kl"][rows].to(p.dtype)
-        mean = ctx.kl[rows] + ctx.lse[rows] - ctx.ref_lse[rows]
-        dz.addcmul_(tile.delta.sub_(mean[:, None]), g[:, None] * prob)
+        dz.addcmul_(tile.delta.sub_(ctx.mean_delta[rows, None]), g[:, None] * prob)
     dz.mul_(p.slope)
     return dz if tile.factor is None else dz.mul_(tile.factor)

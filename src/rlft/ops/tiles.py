@@ -120,23 +120,22 @@ def logits(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr
         z.add_(p.bias[cols].to(z.dtype))
     z.mul_(p.pre)
     delta = ref = factor = None
-    own_head = p.ref_weight is None
-    exact_operands = w.dtype == z.dtype
+    # With one head, the difference of hidden states goes through it: delta keeps its digits when the two nearly agree,
+    # and is exactly zero when they are equal.
+    by_difference = p.ref_weight is None and w.dtype == z.dtype
     if hr is not None:
         ref = space.get("ref", n, v)
         delta = space.get("delta", n, v)
-        if own_head and exact_operands:
-            # The difference of hidden states goes through the head: delta keeps its digits when the two nearly agree,
-            # and is exactly zero when they are equal.
+        if by_difference:
             p.matmul(h - hr, w.t(), delta).mul_(p.pre)
         else:
-            p.matmul(hr, (w if own_head else p.operand(p.ref_weight[cols])).t(), ref)
-            ref_bias = p.bias if own_head else p.ref_bias
+            p.matmul(hr, (w if p.ref_weight is None else p.operand(p.ref_weight[cols])).t(), ref)
+            ref_bias = p.bias if p.ref_weight is None else p.ref_bias
             if ref_bias is not None:
                 ref.add_(ref_bias[cols].to(z.dtype))
             ref.mul_(p.pre)
     if p.post is not None:
-        if delta is not None and own_head and exact_operands:
+        if delta is not None and ref is not None and by_difference:
             torch.sub(z, delta, out=ref).tanh_()
             z.tanh_()
             # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
@@ -147,8 +146,8 @@ def logits(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr
                 ref.tanh_().mul_(p.post)
         factor = torch.mul(z, z, out=space.get("factor", n, v)).neg_().add_(1.0)
         z.mul_(p.post)
-    if hr is not None:
-        if own_head and exact_operands:
+    if delta is not None and ref is not None:
+        if by_difference:
             torch.sub(z, delta, out=ref)
         else:
             torch.sub(z, ref, out=delta)
@@ -157,11 +156,14 @@ def logits(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr
 
 @dataclass(slots=True)
 class Scan:
-    """Per-row results ``[N]`` and bases ``[N, D]``, by the name of the output they belong to."""
+    """Per-row results ``[N]`` and bases ``[N, D]``, by the name of the output they belong to.
+
+    ``mean_delta`` is ``E_p[delta]``, with as many digits as the deltas have (KL + Lambda has fewer).
+    """
 
     values: dict[str, Tensor]
     lse: Tensor
-    ref_lse: Tensor | None
+    mean_delta: Tensor | None
     basis: dict[str, Tensor]
 
 
@@ -172,11 +174,10 @@ def scan(p: Problem, want: frozenset[str], basis: frozenset[str]) -> Scan:
     def per_row() -> Tensor:
         return torch.empty(n, dtype=p.dtype, device=p.hidden.device)
 
-    needs_ref = bool(want & {"ref_logps", "kl"})
     result = Scan(
         values={name: per_row() for name in sorted(want)},
         lse=per_row(),
-        ref_lse=per_row() if needs_ref else None,
+        mean_delta=per_row() if "kl" in want else None,
         basis={name: torch.empty(n, d, dtype=p.dtype, device=p.hidden.device) for name in sorted(basis)},
     )
     space = Workspace(p)
@@ -321,12 +322,12 @@ class _Rows:
                 assert mean_w is not None
                 out = (self.ez_w / self.s[:, None]).addcmul_(mean_z[:, None], mean_w, value=-1.0)
                 result.basis["entropy"][rows] = out.mul_(-p.slope)
-        if result.ref_lse is not None:
-            result.ref_lse[rows] = self.ref_top + self.ref_s.log()
-            if "ref_logps" in self.want:
-                result.values["ref_logps"][rows] = self.target_ref - self.ref_top - self.ref_s.log()
+        if "ref_logps" in self.want:
+            result.values["ref_logps"][rows] = self.target_ref - self.ref_top - self.ref_s.log()
         if "kl" in self.want:
             result.values["kl"][rows] = (self.b / self.s).clamp(min=0.0)
+            if result.mean_delta is not None:
+                result.mean_delta[rows] = self.centre + self.a / self.s
             if self.ed_w is not None:
                 assert mean_w is not None
                 out = (self.ed_w / self.s[:, None]).addcmul_((self.a / self.s)[:, None], mean_w, value=-1.0)

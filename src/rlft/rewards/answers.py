@@ -108,7 +108,7 @@ _TEN_TO = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+))")
 _SCALE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen)(?![A-Za-z])", re.IGNORECASE)
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _PERCENT = re.compile(r"\s*(?:%|percent(?![A-Za-z])|per cent(?![A-Za-z]))", re.IGNORECASE)
-_WORD = re.compile(r"(\s*)(/?)\s*([A-Za-z]+)(?:\^\{?-?[0-9]\}?|[\u00b2\u00b3])?")
+_WORD = re.compile(r"(\s*)(/?)\s*([A-Za-z]+)(?: ?\^ ?\{?-?[0-9]\}?|[\u00b2\u00b3])?")
 
 _UNITS = frozenset(
     "mm cm dm m km in ft yd mi g mg kg t lb lbs oz s sec min h hr hrs ms l L ml mL cl dl gal mph kmh kph rpm "
@@ -192,7 +192,7 @@ def _only_units(rest: str) -> bool:
             return not rest[position:].strip()
         space, slash, word = match.groups()
         known = word in _UNITS
-        if not known and (word.lower() in _NOT_UNITS or len(word) < 2 or not (space or slash)):
+        if not known and (word.lower() in _NOT_UNITS or not 2 <= len(word) <= 20 or not (space or slash)):
             return False
         words += 1
         if words > _MAX_UNIT_WORDS:

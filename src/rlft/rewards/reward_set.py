@@ -123,8 +123,6 @@ class RewardSet:
             raise ValueError("every reward weight is 0, so no row would have a reward; set one reward_weights entry")
         self.names = tuple(names) if names is not None else _unique([function_name(f) for f in listed])
         self.timeout = timeout
-        self.unscored_in_a_row = 0
-        """Batches since the last one that had any reward (the caller decides when it is too many)."""
         self._told: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
@@ -172,7 +170,8 @@ class RewardSet:
                 else:
                     each[row, index] = self._number(name, value, row, step)
         output = self._sum(each, step)
-        self._count_unscored(output)
+        if output.all_unscored:
+            self._tell("", "all", "no completion of a batch has a reward (every function returned None)")
         return output
 
     # -- calling --------------------------------------------------------------------------------------------------
@@ -322,16 +321,6 @@ class RewardSet:
                 row=row,
             )
         return RewardOutput(rewards=single, each=single_each, names=self.names)
-
-    def _count_unscored(self, output: RewardOutput) -> None:
-        if not output.all_unscored:
-            self.unscored_in_a_row = 0
-            return
-        self.unscored_in_a_row += 1
-        if self.unscored_in_a_row == 1:
-            logger.warning(
-                "no completion of this batch has a reward (every function returned None): nothing to learn from"
-            )
 
     def _tell(self, name: str, kind: str, message: str) -> None:
         """One warning per function and kind, not one per row."""

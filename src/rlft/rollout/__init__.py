@@ -1,13 +1,26 @@
 """Generation: several back ends behind one protocol, seeds, and the replay buffer.
 
-The back ends import transformers (or vLLM) only when they are first used.
+transformers and vLLM are imported when a back end first uses them.
 """
 
 from __future__ import annotations
 
+from rlft.rollout.factory import SAMPLERS, make_sampler
 from rlft.rollout.fast_sampler import FastSampler
 from rlft.rollout.randomness import fold_seed
+from rlft.rollout.replay import ReplayBuffer, ReplayItem
 from rlft.rollout.transformers_sampler import TransformersSampler
 from rlft.rollout.types import Rollout, Sampler, SamplingParams
 
-__all__ = ["FastSampler", "Rollout", "Sampler", "SamplingParams", "TransformersSampler", "fold_seed"]
+__all__ = [
+    "SAMPLERS",
+    "FastSampler",
+    "ReplayBuffer",
+    "ReplayItem",
+    "Rollout",
+    "Sampler",
+    "SamplingParams",
+    "TransformersSampler",
+    "fold_seed",
+    "make_sampler",
+]

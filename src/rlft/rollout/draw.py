@@ -60,8 +60,20 @@ def penalise(logits: Float[Tensor, "B V"], penalty: float, seen: Bool[Tensor, "B
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def _finite(highest: Float[Tensor, " B"]) -> None:
+    """Refuse rows whose maximum is NaN or infinite: one synchronisation."""
+    bad = (~torch.isfinite(highest)).nonzero()
+    if len(bad):
+        row = int(bad[0, 0])
+        raise ValueError(
+            f"the logits of row {row} have no finite maximum ({highest[row].item()}), so no token can be drawn: "
+            f"the model's weights or activations overflowed"
+        )
+
+
 def greedy(scores: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The most likely token and its log-prob."""
+    """The most likely token and its log-prob; NaN or infinite scores are refused as in :func:`draw`."""
+    _finite(scores.max(-1).values)
     tokens = scores.argmax(-1)
     return tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
 
@@ -81,12 +93,7 @@ def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tens
     """
     rows, vocab = scores.shape
     highest = scores.max(-1, keepdim=True).values
-    if not bool(torch.isfinite(highest).all()):
-        bad = int((~torch.isfinite(highest[:, 0])).nonzero()[0, 0])
-        raise ValueError(
-            f"the logits of row {bad} have no finite maximum ({highest[bad].item()}), so no token can be drawn: "
-            f"the model's weights or activations overflowed"
-        )
+    _finite(highest[:, 0])
     blocks = -(-vocab // _BLOCK)
     weights = scores.new_zeros((rows, blocks * _BLOCK))
     torch.sub(scores, highest, out=weights[:, :vocab])

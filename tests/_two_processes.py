@@ -1,0 +1,110 @@
+"""Run by tests/test_distributed.py under `accelerate launch`: one SGD step per case, weights written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlft import Trainer, recipes
+from tests.tiny import char_tokenizer, tiny_llama
+
+torch.set_num_threads(1)
+
+RAGGED = [
+    {"prompt": f"{i}=", "completions": ["a" * (1 + (i + k) % 5) for k in range(2 + i % 3)], "scores": [float(k) for k in range(2 + i % 3)]}
+    for i in range(8)
+]  # fmt: skip
+PAIRS = [{"prompt": f"{i}=", "chosen": "a" * (1 + i % 4), "rejected": "b" * (1 + i % 3)} for i in range(8)]
+ANSWERS = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 5)} for i in range(8)]
+THUMBS = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 5), "label": i % 3 == 0} for i in range(8)]
+PROMPTS = [{"prompt": f"{i}="} for i in range(8)]
+
+#: name -> (objective, hyper-parameters, rows). Every averaging and every kind of data.
+CASES: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
+    "token_mean": ("reinforce", {"averaging": "token_mean"}, RAGGED),
+    "sequence_mean": ("grpo", {"beta": 0.1}, RAGGED),
+    "sequence_sum": ("rloo", {"beta": 0.1}, RAGGED),
+    "fixed_length": ("dr_grpo", {"length": 9}, RAGGED),
+    "rows": ("kto", {"beta": 0.1}, THUMBS),
+    "pairs": ("dpo", {"beta": 0.1}, PAIRS),
+    "agro": ("agro_off_policy", {"beta": 0.1}, RAGGED),
+    "sft": ("sft", {}, ANSWERS),
+}
+
+
+def constant(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward that depends on the tokens alone."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def one_step(folder: Path, case: str, *, rows_each: int, accumulation: int) -> Trainer:
+    objective, hyper, rows = CASES[case]
+    model = tiny_llama(dtype=torch.float64)
+    # a policy that has left its reference: gradients of every term are there
+    reference = tiny_llama(dtype=torch.float64, seed=1).requires_grad_(False)
+    wants = recipes.build(objective, **hyper)
+    args = {
+        "output_dir": str(folder / case), "max_steps": 1, "per_device_train_batch_size": rows_each, "gradient_accumulation_steps": accumulation,
+        "max_completion_length": 8, "max_grad_norm": None, "dtype": "float64", "disable_tqdm": True, "report_to": [], "self_checks": False,
+    }  # fmt: skip
+    t = Trainer(
+        model, args, objective=wants, train_dataset=rows, processing_class=char_tokenizer(),
+        ref_model=reference if wants.needs_reference else None, optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+    )  # fmt: skip
+    t.train()
+    return t
+
+
+def trainables(t: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone().contiguous() for name, p in t.policy.named_parameters() if p.requires_grad}
+
+
+def main(folder: Path) -> None:
+    """Every case on two processes, then one online run whose ranks must sample different answers."""
+    report: dict[str, Any] = {}
+    for case in CASES:
+        for accumulation in (1, 2):
+            t = one_step(folder / f"a{accumulation}", case, rows_each=4 // accumulation, accumulation=accumulation)
+            if t.is_main:
+                save_file(trainables(t), folder / f"{case}-{accumulation}.safetensors")
+    args = {
+        "objective": "rloo", "beta": 0.1, "output_dir": str(folder / "online"), "max_steps": 3, "per_device_train_batch_size": 8,
+        "num_generations": 4, "max_completion_length": 6, "disable_tqdm": True, "report_to": [], "use_peft": True, "save_steps": 2,
+    }  # fmt: skip
+    seen: list[list[int]] = []
+
+    class Spy(Trainer):
+        def score(self, examples: Any, completions: Any, completion_ids: Any) -> Any:
+            seen.extend(completion_ids)
+            return super().score(examples, completions, completion_ids)
+
+    same_prompt = [{"prompt": "1="} for _ in range(24)]
+    t = Spy(tiny_llama(), args, train_dataset=same_prompt, processing_class=char_tokenizer(), reward_funcs=constant)
+    t.train()
+    (folder / f"rank{t.rank}.json").write_text(
+        json.dumps(
+            {
+                "samples": seen,
+                "weights": {n: p.double().sum().item() for n, p in trainables(t).items()},
+                "step": t.step,
+                "world": t.world_size,
+            }
+        )
+    )
+    again = Spy(tiny_llama(), args, train_dataset=same_prompt, processing_class=char_tokenizer(), reward_funcs=constant)
+    again.train()
+    report["resumed"] = again.step
+    if t.is_main:
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Two processes (gloo) do what one does: gradients, sampling, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import _two_processes as job
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One launch for all tests of this file: starting two processes is most of the cost."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    logs = [(folder / f"log{rank}.txt").open("w") for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests._two_processes", str(folder)],
+            cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=logs[rank], stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [-1]
+    finally:
+        for process in processes:
+            process.kill()
+        for log in logs:
+            log.close()
+    if codes != [0, 0]:
+        tails = "\n".join((folder / f"log{rank}.txt").read_text()[-2500:] for rank in range(2))
+        pytest.fail(f"exit codes {codes}\n{tails}")
+    return folder
+
+
+@pytest.mark.parametrize("case", job.CASES)
+def test_any_split_over_micro_batches_and_processes_gives_one_gradient(two: Path, tmp_path: Path, case: str) -> None:
+    """SGD steps in float64 are gradients: 1e-10 and below, for every averaging."""
+    start = {f"model.{n}": p.detach() for n, p in job.tiny_llama(dtype=torch.float64).named_parameters()}
+    results = [load_file(two / f"{case}-{accumulation}.safetensors") for accumulation in (1, 2)]
+    for accumulation in (1, 2, 4):
+        t = job.one_step(tmp_path / str(accumulation), case, rows_each=8 // accumulation, accumulation=accumulation)
+        results.append(job.trainables(t))
+    for name, value in results[0].items():
+        assert not torch.equal(value, start[name]) or "embed" in name
+        for other in results[1:]:
+            torch.testing.assert_close(other[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_ranks_sample_different_answers_and_end_with_the_same_weights(two: Path) -> None:
+    zero, one = (json.loads((two / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert (zero["world"], one["world"], zero["step"], one["step"]) == (2, 2, 3, 3)
+    assert zero["weights"] == one["weights"]
+    pairs = list(zip(zero["samples"], one["samples"], strict=True))
+    assert sum(a == b for a, b in pairs) < 0.2 * len(pairs), "the same seed on every rank draws duplicates"
+
+
+def test_a_finished_run_of_two_resumes_as_finished(two: Path) -> None:
+    assert json.loads((two / "report.json").read_text()) == {"resumed": 3}
+    assert (two / "online" / "checkpoint-3" / "rng.rank1.json").exists()
