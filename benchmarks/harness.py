@@ -51,6 +51,7 @@ class Case:
     """The same work done by several variants; the first is ours, and ratios are others / ours.
 
     ``same`` names facts that all variants must report alike (within ``tolerance``), or the measurement is refused.
+    ``per`` names a fact by which times are divided before they are compared: work that varies by chance.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     same: tuple[str, ...] = ()
     tolerance: float = 1e-3
     note: str = ""
+    per: str | None = None
 
 
 @dataclass
@@ -71,12 +73,18 @@ class VariantResult:
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     peak: float = 0.0
+    work: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: str = ""
 
+    @property
+    def costs(self) -> list[float]:
+        """CPU-seconds per unit of work, round by round."""
+        return [seconds / work for seconds, work in zip(self.cpu, self.work, strict=True)]
+
     def ratios(self, ours: VariantResult) -> list[float]:
-        """CPU-seconds over ours, in the same round."""
-        return [a / b for a, b in zip(self.cpu, ours.cpu, strict=True)]
+        """Cost over ours, in the same round."""
+        return [a / b for a, b in zip(self.costs, ours.costs, strict=True)]
 
 
 @dataclass
@@ -99,7 +107,7 @@ class CaseResult:
                     "wall_s": [round(x, 4) for x in v.wall],
                     "peak_mib": round(v.peak, 1),
                     "ratio": {
-                        "of_minima": round(min(v.cpu) / min(ours.cpu), 3),
+                        "of_minima": round(min(v.costs) / min(ours.costs), 3),
                         "median": round(statistics.median(ratios), 3),
                         "low": round(min(ratios), 3),
                         "high": round(max(ratios), 3),
@@ -196,6 +204,7 @@ def measure(case: Case, *, rounds: int | None = None, say: Callable[[str], None]
                 if index > 0:
                     worker.result.cpu.append(report["cpu"])
                     worker.result.wall.append(report["wall"])
+                    worker.result.work.append(report["facts"][case.per] if case.per else 1.0)
             if index > 0:
                 line = ", ".join(f"{w.result.name} {w.result.cpu[-1]:.2f}" for w in workers)
                 say(f"  {case.name} round {index}/{rounds} CPU-s: {line}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlft.runlock import RunLock
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["Light", "light", "locked", "open_log", "resume", "save", "save_boundary"]
+__all__ = ["Light", "export", "light", "locked", "open_log", "resume", "save", "save_boundary"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,21 @@ def save_boundary(trainer: Trainer) -> Path:
     )
     trainer._call("save", {"path": str(written)})
     return written
+
+
+def export(trainer: Trainer) -> None:
+    """Leave the trained model in ``<run>/model``: written beside it and renamed, so that it is whole or not there."""
+    if not trainer.is_main:
+        return
+    final, fresh = trainer.run_dir / "model", trainer.run_dir / ".tmp-model"
+    for old in (fresh, trainer.run_dir / ".old-model"):
+        if old.exists():
+            shutil.rmtree(old)
+    trainer.save_model(fresh)
+    if final.exists():
+        final.rename(trainer.run_dir / ".old-model")
+    fresh.rename(final)
+    shutil.rmtree(trainer.run_dir / ".old-model", ignore_errors=True)
 
 
 def resume(trainer: Trainer, given: str | bool | None) -> bool:

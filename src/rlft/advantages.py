@@ -18,7 +18,16 @@ from torch import Tensor
 
 from rlft import _check, reduce
 
-__all__ = ["Groups", "gae", "group_mean", "group_norm", "leave_one_out", "whiten"]
+__all__ = [
+    "Groups",
+    "batch_norm",
+    "gae",
+    "group_mean",
+    "group_mean_batch_norm",
+    "group_norm",
+    "leave_one_out",
+    "whiten",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,59 @@ def group_norm(
     rewards, groups = _scored(rewards, group_ids, at_least=2, wanted_by="group_norm")
     centred, std = groups.centred(rewards), groups.std(rewards, ddof=ddof)
     return (centred / (std + eps).where(std > 0, 1.0)).where(std > 0, 0.0)
+
+
+def batch_norm(
+    rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, eps: float = 1e-8, ddof: int = 1
+) -> Float[Tensor, " B"]:
+    """(reward - mean) / sqrt(variance + eps) over all scored rows, whatever prompt they answer: REINFORCE++.
+
+    The statistics are those of the rows given: call it once per global step, not per micro-batch. The KL belongs in the
+    reward, before this.
+
+    Args:
+        rewards: ``[B]`` sequence rewards (KL taken off), NaN where unscored.
+        group_ids: ``[B]`` which prompt a row answers; only its shape matters.
+        eps: added to the variance.
+        ddof: 1 divides the variance by n - 1, 0 by n.
+
+    Returns:
+        ``[B]`` advantages; 0 for unscored rows and where all rewards are equal.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, infinite rewards, or bad hyper-parameters.
+
+    References:
+        Hu et al. 2025, arXiv 2501.03262, equation 8.
+    """
+    rewards, groups = _scored(rewards, group_ids, at_least=1, wanted_by="batch_norm")
+    return whiten(rewards, groups.member, eps=eps, ddof=ddof)
+
+
+def group_mean_batch_norm(
+    rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], *, eps: float = 1e-8, ddof: int = 1
+) -> Float[Tensor, " B"]:
+    """:func:`group_mean`, then normalised over all scored rows: REINFORCE++ with a group baseline.
+
+    The statistics are those of the rows given: call it once per global step, not per micro-batch.
+
+    Args:
+        rewards: ``[B]`` sequence rewards, NaN where unscored.
+        group_ids: ``[B]`` which prompt a row answers.
+        eps: added to the variance.
+        ddof: 1 divides the variance by n - 1, 0 by n.
+
+    Returns:
+        ``[B]`` advantages; 0 for unscored rows and where every group's rewards are equal.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, infinite rewards, or bad hyper-parameters.
+
+    References:
+        Hu et al. 2025, arXiv 2501.03262, the REINFORCE++-baseline variant.
+    """
+    rewards, groups = _scored(rewards, group_ids, at_least=1, wanted_by="group_mean_batch_norm")
+    return whiten(groups.centred(rewards), groups.member, eps=eps, ddof=ddof)
 
 
 def gae(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlft import _check, losses, recipes
-from rlft._terms import PAIR, split_signature
+from rlft.objective import Objective
 
 __all__ = ["Entry", "detail", "entries", "markdown", "show"]
 
@@ -46,51 +46,51 @@ def entries() -> list[Entry]:
 
 
 def _entry(name: str) -> Entry:
-    function: Any = recipes.RECIPES.get(name) or getattr(losses, name)
+    loss = getattr(losses, name) if name in losses.__all__ else None
+    function: Any = recipes.RECIPES.get(name) or loss
     doc = inspect.getdoc(function) or ""
-    loss = getattr(losses, name, None)
-    tensors, keywords = split_signature(loss) if loss is not None else ((), {})
-    if name in recipes.RECIPES:
-        keywords = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    objective = recipes.build(name, **{p.name: _EXAMPLE.get(p.name, 0.5) for p in keywords if p.default is p.empty})
     return Entry(
         name=name,
         formula=" ".join(doc.split("\n\n")[0].split()),
-        data=_data(name, tensors),
-        tensors=tensors,
-        hyper=", ".join(k if p.default is p.empty else f"{k}={p.default}" for k, p in keywords.items()),
-        averaging=getattr(loss, "reduction", "") or _recipe_averaging(name),
-        policy=_policy(name, loss, tensors),
+        data=_data(objective),
+        tensors=tuple(dict.fromkeys(t for term in objective.terms for t in term.tensors)),
+        hyper=", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in keywords),
+        averaging=", ".join(dict.fromkeys(term.reduction for term in objective.terms)),
+        policy=_policy(objective),
         paper=_paper(doc) or (_paper(inspect.getdoc(loss) or "") if loss is not None else ""),
         recipe=name in recipes.RECIPES,
     )
 
 
-def _data(name: str, tensors: tuple[str, ...]) -> str:
-    if "chosen_rewards" in tensors:
+#: Hyper-parameters without a default, to build each objective once and read its needs.
+_EXAMPLE = {"length": 8, "clip_eps": 0.2, "nll_weight": 1.0}
+
+
+def _data(objective: Objective) -> str:
+    needs = objective.needs
+    if "scores" in needs:
         return "preference (reward model)"
-    if any(t in PAIR for t in tensors):
+    if objective.needs_pairs:
         return "preference"
-    if "labels" in tensors:
+    if "labels" in needs:
         return "unpaired"
-    if {"rewards", "advantages", "returns"} & set(tensors) or not tensors:
+    if {"rewards", "advantages", "returns"} & needs:
         return "groups with rewards"
     return "prompt-completion"
 
 
-def _policy(name: str, loss: Any, tensors: tuple[str, ...]) -> str:
-    if getattr(loss, "on_policy_only", False):
+def _policy(objective: Objective) -> str:
+    """Which samples the estimator is right for."""
+    needs = objective.needs
+    if objective.on_policy_only:
         return "on-policy"
-    if "old_logps" in tensors or (name in recipes.RECIPES and name not in ("dro", "reinforce")):
+    if "old_logps" in needs:
         return "near on-policy (ratio)"
-    if name in ("reinforce", "rloo", "kl_policy_gradient", "kl_policy_gradient_exact"):
+    if objective.name.startswith(("reinforce", "kl_policy_gradient")):
         return "on-policy"
     return "any"
-
-
-def _recipe_averaging(name: str) -> str:
-    return {"dapo": "token_mean", "dr_grpo": "fixed_length", "grpo_plus": "sequence_mean", "ppo": "token_mean"}.get(
-        name, ""
-    )
 
 
 def _paper(doc: str) -> str:
@@ -106,7 +106,7 @@ def detail(name: str) -> str:
     text = ""
     if function is not None:
         text = f"recipe {name}{_plain(function)}\n\n{inspect.getdoc(function)}\n\n"
-    loss = getattr(losses, name, None)
+    loss = getattr(losses, name) if name in losses.__all__ else None
     if loss is not None:
         text += f"losses.{name}{_plain(loss)}\n\n{inspect.getdoc(loss)}\n"
     return text.rstrip()
@@ -141,6 +141,7 @@ def show() -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    console.width = max(console.width, 120)
     rows = entries()
     for data in dict.fromkeys(e.data for e in rows):
         table = Table(title=data, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))

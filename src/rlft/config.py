@@ -96,6 +96,9 @@ class Config:
     data_format: str = _doc(
         "prompt, prompt_completion, preference, unpaired, ranked, text; `auto` reads the columns.", "auto", group="data"
     )
+    separator: str = _doc(
+        "Text between prompt and answer of plain-text rows, part of the prompt; e.g. a line break.", "", group="data"
+    )
     max_prompt_length: int | None = _doc("Tokens of prompt that are kept (its end).", 512, group="data")
     max_completion_length: int = _doc("Tokens of answer that are kept, or generated.", 256, group="data")
     max_bad_fraction: float = _doc("Share of unusable rows above which the run is refused.", 0.01, group="data")

@@ -21,7 +21,7 @@ __all__ = ["ALGORITHMS", "digit_rows", "main", "run_seed"]
 
 DIGITS = 8
 HELD_OUT = 400
-SFT_STEPS = 80
+SFT_STEPS = 60
 RL_STEPS = 60
 MODEL = {
     "model_type": "llama",
@@ -60,12 +60,11 @@ def warm_up(seed: int, folder: str) -> None:
             "max_steps": SFT_STEPS,
             "learning_rate": 2e-3,
             "tokenizer": {"kind": "char"},
-            "output_dir": f"{folder}/sft-{seed}/run",
+            "output_dir": f"{folder}/sft-{seed}",
         },
         [{name: row[name] for name in ("prompt", "completion")} for row in digit_rows(128 * SFT_STEPS, seed=seed)],
     )
     trainer.train()
-    trainer.save_model(f"{folder}/sft-{seed}/model")
 
 
 def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, Any]:
@@ -76,7 +75,6 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
         f"{folder}/sft-{seed}/model",
         seed,
         {
-            **ALGORITHMS[algorithm],
             "use_peft": True,
             "rewards": ["exact_match"],
             "num_generations": 8,
@@ -88,6 +86,7 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
             "eval_on_start": True,
             "output_dir": run,
             "run_name": f"{algorithm}-{seed}",
+            **ALGORITHMS[algorithm],
         },
         digit_rows(64 * steps, seed=1_000 + seed),
         digit_rows(HELD_OUT, seed=10_000),

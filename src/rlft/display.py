@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["end", "facts", "progress", "say", "start", "table", "warn"]
+__all__ = ["end", "facts", "progress", "quiet_transformers", "say", "start", "table", "warn"]
 
 #: Shown beside the bar, the first few that exist.
 _SHOWN = {
@@ -82,21 +82,17 @@ def _tokens_per_step(trainer: Trainer) -> int:
 def _memory(trainer: Trainer) -> str:
     from rlft.models import memory_estimate
 
+    examples = trainer.train_data.examples
+    prompt = max(len(e.prompt_ids) for e in examples)
+    answer = max((len(c.ids) for e in examples for c in e.completions), default=0)
     longest = trainer.plan.micro_batch_rows * (
-        (trainer.config.max_prompt_length or 0) + trainer.config.max_completion_length
+        prompt + (trainer.config.max_completion_length if trainer.online else answer)
     )
     estimate = memory_estimate(
-        trainer.policy.hf_model,
-        tokens=longest,
-        reference_kind=getattr(trainer.policy, "reference_kind", "none"),
-        gradient_checkpointing=trainer.config.gradient_checkpointing,
+        trainer.policy, tokens=longest, gradient_checkpointing=trainer.config.gradient_checkpointing
     )
-    total = estimate.pop("total")
-    return (
-        f"about {_bytes(total)} at the longest rows ("
-        + ", ".join(f"{name} {_bytes(size)}" for name, size in estimate.items() if size)
-        + ")"
-    )
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in estimate.items() if size)
+    return f"about {_bytes(sum(estimate.values()))} at the longest rows ({parts})"
 
 
 def table(title: str, rows: Mapping[str, str]) -> Any:
@@ -151,6 +147,20 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
             trainer.config.run_name or trainer.objective.name, total=total, completed=trainer.step, numbers=""
         )
         yield lambda values: bar.update(task, completed=trainer.step, numbers=_numbers(values))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars of transformers' own: a save is over in a moment, and its bar would cut through ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def end(trainer: Trainer, values: Mapping[str, float]) -> None:

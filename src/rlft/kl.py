@@ -24,6 +24,8 @@ and the AGRO losses, which see whole sequences, keep it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from jaxtyping import Bool, Float
@@ -34,7 +36,20 @@ from rlft import _check
 KLValue = Literal["k1", "k2", "k3"]
 KLGradient = Literal["none", "k1", "k2", "k3", "ratio_k3"]
 
-__all__ = ["KLGradient", "KLValue", "exact", "k1", "k2", "k3", "penalty"]
+__all__ = [
+    "FixedKL",
+    "HalveDoubleKL",
+    "KLController",
+    "KLGradient",
+    "KLValue",
+    "ProportionalKL",
+    "controller_from_state_dict",
+    "exact",
+    "k1",
+    "k2",
+    "k3",
+    "penalty",
+]
 
 
 def _difference(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
@@ -174,3 +189,124 @@ def penalty(
     else:
         carrier = estimator(gradient)
     return number + (carrier - carrier.detach())
+
+
+@dataclass(frozen=True, slots=True)
+class FixedKL:
+    """A weight of the KL that stays.
+
+    Attributes:
+        beta: the weight, >= 0.
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        _check.number("beta", self.beta, low=0.0)
+
+    def update(self, observed: float, *, samples: int = 1) -> FixedKL:
+        """The same controller, whatever KL was observed."""
+        return self
+
+    def state_dict(self) -> dict[str, float | str]:
+        """Plain numbers and the kind, for a checkpoint."""
+        return {"kind": "fixed", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class ProportionalKL:
+    """``beta <- beta (1 + clip(observed / target - 1, -limit, limit) samples / horizon)``.
+
+    Attributes:
+        beta: the weight now, > 0.
+        target: the KL aimed at, in the unit of what is observed (nats per answer, or per token), > 0.
+        horizon: in samples; the larger, the slower.
+        limit: bound on the relative error.
+
+    References:
+        Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+    """
+
+    beta: float
+    target: float
+    horizon: float = 10_000.0
+    limit: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "target", "horizon", "limit"):
+            _check.number(name, getattr(self, name), low=0.0, open_low=True)
+
+    def update(self, observed: float, *, samples: int = 1) -> ProportionalKL:
+        """The controller after a step of ``samples`` answers whose mean KL was ``observed``."""
+        _check.number("observed", observed)
+        _check.number("samples", samples, low=0.0)
+        error = min(max(observed / self.target - 1, -self.limit), self.limit)
+        factor = 1 + error * samples / self.horizon
+        if factor <= 0:
+            raise ValueError(
+                f"{samples} samples against a horizon of {self.horizon:g} would turn beta negative; raise horizon"
+            )
+        return replace(self, beta=self.beta * factor)
+
+    def state_dict(self) -> dict[str, float | str]:
+        """Plain numbers and the kind, for a checkpoint."""
+        return {"kind": "proportional", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class HalveDoubleKL:
+    """Halve beta when the observed KL is below ``target / 1.5``, double it above ``target * 1.5``.
+
+    Attributes:
+        beta: the weight now, > 0.
+        target: the KL aimed at, in the unit of what is observed, > 0.
+
+    References:
+        Schulman et al. 2017, arXiv 1707.06347, section 4.
+    """
+
+    beta: float
+    target: float
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "target"):
+            _check.number(name, getattr(self, name), low=0.0, open_low=True)
+
+    def update(self, observed: float, *, samples: int = 1) -> HalveDoubleKL:
+        """The controller after a step whose mean KL was ``observed``."""
+        _check.number("observed", observed)
+        if observed < self.target / 1.5:
+            return replace(self, beta=self.beta / 2)
+        return replace(self, beta=self.beta * 2) if observed > self.target * 1.5 else self
+
+    def state_dict(self) -> dict[str, float | str]:
+        """Plain numbers and the kind, for a checkpoint."""
+        return {"kind": "halve_double", **asdict(self)}
+
+
+KLController = FixedKL | ProportionalKL | HalveDoubleKL
+_CONTROLLERS = {"fixed": FixedKL, "proportional": ProportionalKL, "halve_double": HalveDoubleKL}
+
+
+def controller_from_state_dict(state: Mapping[str, float | str]) -> KLController:
+    """The controller whose ``state_dict()`` this is.
+
+    Args:
+        state: what ``state_dict()`` returned, or a configuration: ``kind`` and that controller's fields.
+
+    Returns:
+        an equal controller.
+
+    Raises:
+        ValueError: for an unknown kind, or missing, unknown or wrong fields.
+    """
+    numbers = dict(state)
+    kind = str(numbers.pop("kind", None))
+    _check.one_of("kind", kind, tuple(_CONTROLLERS))
+    try:
+        return _CONTROLLERS[kind](**numbers)  # type: ignore[arg-type]
+    except TypeError as error:
+        fields = ", ".join(_CONTROLLERS[kind].__dataclass_fields__)
+        raise ValueError(
+            f"a {kind} KL controller has the fields {fields}, got {', '.join(map(str, numbers))}"
+        ) from error

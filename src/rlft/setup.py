@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import recipes
+from rlft import display, recipes
 from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import MetricSums
@@ -127,7 +128,8 @@ def build(
     _check_data(config, objective, train, online=bool(specs))
     rewards = _rewards(config, specs, accelerator.device) if specs else None
 
-    loaded = _load_policy(config, source, tokenizer, objective)
+    with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
+        loaded = _load_policy(config, source, tokenizer, objective)
     base = (
         models.add_lora(loaded, _lora_settings(config, peft_config))
         if peft_config is not None or config.use_peft
@@ -422,6 +424,7 @@ def _tokenize(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any
         max_completion_length=config.max_completion_length,
         format=form,
         max_bad_fraction=config.max_bad_fraction,
+        separator=config.separator,
     )
 
 

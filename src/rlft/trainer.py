@@ -169,6 +169,7 @@ class Trainer:
                 ):
                     last |= self._evaluate_and_log(log)
                 _state.save(self)
+                _state.export(self)
             except Interrupted:
                 _state.save_boundary(self)
                 raise
@@ -345,8 +346,9 @@ class Trainer:
         """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft."""
         if self.is_main:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.policy.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            with display.quiet_transformers():
+                self.policy.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
 
     def poll(self, *, boundary: bool = False) -> None:
         """Stop where a signal asked for it. Called between steps, and inside sampling, rewards and evaluation."""

@@ -177,7 +177,7 @@ def test_several_adapters_or_prompt_tuning_are_refused() -> None:
     two = fresh_lora()
     two.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     two.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="exactly one active adapter, got .'default', 'second'."):
+    with pytest.raises(ValueError, match=r"exactly one active adapter, got .'default', 'second'."):
         Policy(two)
 
 

@@ -76,7 +76,7 @@ def test_draw_is_the_inverse_of_the_cumulative_sum(vocab):
 
 
 def test_what_was_filtered_out_is_never_drawn():
-    scores = logits(1, 1000).expand(5000, -1).clone()
+    scores = logits(1, 1000, scale=0.5).expand(5000, -1).clone()
     kept = torch.zeros(1000, dtype=torch.bool)
     kept[[0, 255, 256, 300, 511, 999]] = True
     scores[:, ~kept] = -torch.inf

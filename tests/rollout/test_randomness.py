@@ -54,8 +54,8 @@ def test_a_rows_key_does_not_depend_on_the_others():
 
 
 def test_fold_seed_is_stable_and_distinct():
-    assert fold_seed(0, rank=0, step=0) == 8275671846735617262
-    assert fold_seed(42, rank=3, step=7, stream="eval") == 8019263023236240009
+    assert fold_seed(0, rank=0, step=0) == 5101129979401281355
+    assert fold_seed(42, rank=3, step=7, stream="eval") == 544662322853580966
     seeds = {
         fold_seed(seed, rank=rank, step=step, stream=stream)
         for seed in range(-2, 3)

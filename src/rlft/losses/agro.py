@@ -68,20 +68,23 @@ def regularised(
     *,
     wanted_by: str,
     min_group: int = 2,
+    per_token: bool = False,
 ) -> Regularised:
-    """Check, detach, group, and work out R, the advantages, the loss's value and its metrics."""
+    """Check, detach, group, and work out R, the advantages, the loss's value and its metrics.
+
+    With ``per_token`` R takes the mean of the log-ratio over an answer's tokens in place of the sum.
+    """
     _check.number("beta", beta, low=0.0)
     logps, ref_logps = _base.token_logps(mask, logps=logps, ref_logps=ref_logps)
     rewards, groups, mask = _base.scored_rows(rewards, group_ids, mask, min_group=min_group, wanted_by=wanted_by)
     log_ratio = (logps.detach() - ref_logps).where(mask, 0.0)
     total = log_ratio.sum(-1)
-    regularised_rewards = rewards - beta * total
+    regularised_rewards = rewards - beta * (total / mask.sum(-1).clamp(min=1) if per_token else total)
     advantages = groups.against_others(regularised_rewards)
     centred = groups.centred(regularised_rewards)
     # n/(n-1) (R_i - mean)^2: its mean over the group's rows is the sample variance.
     variance = advantages * centred
     row_value = variance / (2 * beta) if beta > 0 else -groups.against_others(rewards) * groups.centred(total)
-    value = (row_value / mask.sum(-1).clamp(min=1)).unsqueeze(-1).where(mask, 0.0)
     metrics = {
         "kl": log_ratio,
         "objective/kl": total,
@@ -89,7 +92,12 @@ def regularised(
         "agro/variance": variance,
         "agro/flip_fraction": (advantages > 2 * beta).to(total.dtype),
     }
-    return Regularised(logps, log_ratio, rewards, advantages, groups, mask, value, metrics)
+    return Regularised(logps, log_ratio, rewards, advantages, groups, mask, spread(row_value, mask), metrics)
+
+
+def spread(row_value: Tensor, mask: Tensor) -> Tensor:
+    """A number per row, spread evenly over the row's unmasked tokens."""
+    return (row_value / mask.sum(-1).clamp(min=1)).unsqueeze(-1).where(mask, 0.0)
 
 
 @_base.loss_function(reduction="sequence_sum", min_group=2)
@@ -185,11 +193,12 @@ def agro_on_policy(
     )
     weights = -r.advantages
     if lr_coef > 0:
-        weights = weights + lr_coef / (2 * beta) * _likelihood_ratio_weights(r.advantages, r.groups, lr_baseline)
+        weights = weights + lr_coef / (2 * beta) * likelihood_ratio_weights(r.advantages, r.groups, lr_baseline)
     return r.output(weights.unsqueeze(-1) * r.logps)
 
 
-def _likelihood_ratio_weights(advantages: Tensor, groups: Groups, baseline: LRBaseline) -> Tensor:
+def likelihood_ratio_weights(advantages: Tensor, groups: Groups, baseline: LRBaseline) -> Tensor:
+    """W of :func:`agro_on_policy`, a constant per row."""
     squared = advantages.square()
     if baseline == "none":
         return squared
@@ -238,7 +247,7 @@ def agro_on_policy_causal(
     """
     _check.one_of("baseline", baseline, get_args(Baseline))
     r = regularised(logps, ref_logps, rewards, group_ids, mask, beta, wanted_by="agro_on_policy_causal")
-    ahead = _from_here_on(r.log_ratio)
+    ahead = from_here_on(r.log_ratio)
     return r.output(-_token_advantages(r, ahead, r.log_ratio.sum(-1), beta, baseline) * r.logps)
 
 
@@ -284,14 +293,15 @@ def agro_on_policy_exact_kl(
     r = regularised(logps, ref_logps, rewards, group_ids, mask, beta, wanted_by="agro_on_policy_exact_kl")
     (token_kl,) = _base.token_values(r.mask, learned=1, like=logps, token_kl=token_kl)
     constant = token_kl.detach()
-    after = _from_here_on(constant) - constant
+    after = from_here_on(constant) - constant
     learned_kl = token_kl.where((r.groups.count > 1).unsqueeze(-1), 0.0)
     surrogate = -_token_advantages(r, after, constant.sum(-1), beta, baseline) * r.logps + beta * learned_kl
     r.metrics.update({"kl": constant, "objective/kl": constant.sum(-1)})
     return r.output(surrogate)
 
 
-def _from_here_on(x: Tensor) -> Tensor:
+def from_here_on(x: Tensor) -> Tensor:
+    """Sum over each token and those after it."""
     return x.flip(-1).cumsum(-1).flip(-1)
 
 

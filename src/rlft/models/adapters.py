@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -111,7 +112,8 @@ def copy_adapter(model: Any, adapter: str) -> dict[str, str]:
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would rewrite the base weights once more
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         model.add_adapter(REFERENCE, config)
     own = adapter_parameters(model, adapter)
     theirs = adapter_parameters(model, REFERENCE)

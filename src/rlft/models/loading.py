@@ -102,12 +102,10 @@ def load_causal_lm(
         "quantization_config": quantization_config,
         "seed": seed,
     }
-    if isinstance(source, (str, Path)) and files.is_local(source):
-        folder = Path(source).expanduser()
-        if (folder / "adapter_config.json").is_file():
-            from rlft.models.lora import load_adapter
+    if folder := _adapter_folder(source):
+        from rlft.models.lora import load_adapter
 
-            return load_adapter(folder, **options)
+        return load_adapter(folder, **options)
     model, missing = _load("AutoModelForCausalLM", source, {}, **options)
     if missing:
         raise ValueError(
@@ -137,19 +135,21 @@ def load_sequence_classifier(
     Raises:
         ValueError: when the source is unclear, unsafe or incomplete, or has several outputs.
     """
-    model, missing = _load(
-        "AutoModelForSequenceClassification",
-        source,
-        {"num_labels": 1},
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        quantization_config=quantization_config,
-        seed=seed,
-    )
+    options = {
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "quantization_config": quantization_config,
+        "seed": seed,
+    }
+    if folder := _adapter_folder(source):
+        from rlft.models.lora import load_adapter
+
+        return load_adapter(folder, classifier=True, **options)
+    model, missing = _load("AutoModelForSequenceClassification", source, {"num_labels": 1}, **options)
     body = [name for name in missing if not _is_head(name)]
     if body:
         raise ValueError(
@@ -159,6 +159,14 @@ def load_sequence_classifier(
     if not isinstance(source, nn.Module):
         setattr(model, _NEW, tuple(missing))
     return model
+
+
+def _adapter_folder(source: Any) -> Path | None:
+    """The folder, when the source is one that holds a peft adapter."""
+    if isinstance(source, (str, Path)) and files.is_local(source):
+        folder = Path(source).expanduser()
+        return folder if (folder / "adapter_config.json").is_file() else None
+    return None
 
 
 def new_head(model: nn.Module) -> tuple[str, ...]:

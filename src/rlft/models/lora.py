@@ -131,7 +131,10 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
     config: Any = settings
     if isinstance(settings, LoraSettings):
         classifier = type(model).__name__.endswith("ForSequenceClassification")
+        # A tied head must follow its embedding, or merging the adapter would change a layer that it was not on.
+        tied = _touches_tied(model, [] if targets == "all-linear" else targets, saved)
         config = LoraConfig(
+            **({"ensure_weight_tying": True} if tied else {}),
             r=settings.r,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
             lora_dropout=float(settings.dropout),
@@ -140,19 +143,22 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
             bias="none",
             task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
         )
-    with torch.random.fork_rng(devices=adapters._cuda_devices(model)):
+    with torch.random.fork_rng(devices=adapters._cuda_devices(model)), warnings.catch_warnings():
+        # GPT-2's Conv1D stores its weight transposed; peft sees that, sets the flag by itself, and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
     _full_precision(wrapped)
     return wrapped
 
 
-def load_adapter(folder: str | Path, *, model: Any = None, **options: Any) -> Any:
+def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = False, **options: Any) -> Any:
     """A base model with the adapter of a folder on top, trainable.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         model: the base; None loads the one the adapter names.
+        classifier: load that base as a sequence classifier (a reward model).
         options: for :func:`rlft.models.load_causal_lm`, when the base is loaded.
 
     Returns:
@@ -173,18 +179,20 @@ def load_adapter(folder: str | Path, *, model: Any = None, **options: Any) -> An
     config = files.read_json(folder / "adapter_config.json")
     base_name = config.get("base_model_name_or_path")
     if model is None:
-        from rlft.models.loading import load_causal_lm
+        from rlft.models.loading import load_causal_lm, load_sequence_classifier
 
         if not base_name:
             raise ValueError(
                 f"{folder} names no base model (base_model_name_or_path); load the base yourself and pass "
                 f"load_adapter(folder, model=base)"
             )
-        model = load_causal_lm(base_name, **{"revision": config.get("revision"), **_given(options)})
+        load = load_sequence_classifier if classifier else load_causal_lm
+        model = load(base_name, **{"revision": config.get("revision"), **_given(options)})
     before = {name: tuple(p.shape) for name, p in model.named_parameters()}
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=adapters._cuda_devices(model)):
             warnings.filterwarnings("ignore", message=".*[Mm]issing.*keys.*")  # checked below, and refused
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -208,6 +216,10 @@ def load_adapter(folder: str | Path, *, model: Any = None, **options: Any) -> An
                 raise ValueError(
                     f"adapter tensor {name} of {folder} was not loaded as stored; report this with the file"
                 )
+    from rlft.models.loading import new_head, trained
+
+    if all(any(name.endswith(f".{new}") for name in loaded) for new in new_head(model)):
+        trained(model)  # the adapter brought the score head
     _full_precision(wrapped)
     return wrapped
 
@@ -235,6 +247,16 @@ def _match(wanted: Iterable[str], names: list[str], *, what: str, candidates: se
         if not any(name == target or name.endswith("." + target) for name in names):
             close = difflib.get_close_matches(target, sorted(candidates), n=3, cutoff=0.5) or sorted(candidates)
             raise ValueError(f"lora {what} {target!r} matches no module of the model; it has {', '.join(close[:12])}")
+
+
+def _touches_tied(model: Any, targets: Iterable[str], saved: Iterable[str] | None) -> bool:
+    """Whether an adapter sits on an embedding that is also the head."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    both = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    wanted = [*targets, *(saved or ())]
+    names = [name for name, module in model.named_modules() if any(module is m for m in both)]
+    return any(name == w or name.endswith("." + w) for name in names for w in wanted)
 
 
 def _full_precision(model: Any) -> None:

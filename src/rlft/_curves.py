@@ -1,0 +1,376 @@
+"""Which curves exist, how they are smoothed, and how they are drawn."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+__all__ = [
+    "PANELS",
+    "Panel",
+    "Rows",
+    "Series",
+    "draw_groups",
+    "draw_run",
+    "labels_of",
+    "leftover_panels",
+    "per_key",
+    "present",
+    "series",
+    "smooth",
+]
+
+Rows = Sequence[Mapping[str, Any]]
+Series = tuple[list[int], list[float]]
+
+# Okabe and Ito's colours, told apart by every kind of eyesight; the order is fixed so that a name keeps its colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#332288")
+_INK, _FAINT = "#24292f", "#d9dde3"
+_TITLE = 0.36  # inches
+_SMOOTH_FROM = 30  # shorter curves are shown as they are, with a dot per point
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": "#57606a",
+    "axes.edgecolor": "#a8b0ba",
+    "axes.titlecolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+        title: shown above.
+        keys: metrics drawn in it; ``*`` matches.
+        unit: label of the y axis.
+        section: heading it belongs under.
+        band: two metrics between which the area is filled, around the first key.
+        better: ``"high"``, ``"low"`` or "" where neither is better as such.
+        log: logarithmic y axis.
+        plain: a curve without noise, drawn as it is.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    unit: str = ""
+    section: str = "Learning"
+    band: tuple[str, str] | None = None
+    better: str = ""
+    log: bool = False
+    plain: bool = False
+
+
+_P = Panel
+PANELS: tuple[Panel, ...] = (
+    _P("Held-out reward", ("eval_reward",), "reward", better="high"),
+    _P("Reward", ("reward", "objective/scores", "objective/rlhf_reward"), "reward", better="high"),
+    _P("Reward by function", ("rewards/*/mean",), "reward", better="high"),
+    _P("Pairs ranked right", ("rewards/accuracies", "eval_rewards/accuracies"), "fraction", better="high"),
+    _P("Reward margin", ("rewards/margins", "eval_rewards/margins"), "β · log ratio", better="high"),
+    _P("Rewards of the pair", ("rewards/chosen", "rewards/rejected"), "β · log ratio"),
+    _P(
+        "Accuracy",
+        ("accuracy", "eval_accuracy", "mean_token_accuracy", "eval_mean_token_accuracy"),
+        "fraction",
+        better="high",
+    ),
+    _P("Score margin", ("margin", "eval_margin"), "score", better="high"),
+    _P("Loss", ("loss", "eval_loss"), "loss", better="low"),
+    _P("KL to the reference", ("kl", "eval_kl", "objective/kl"), "nats", section="Policy"),
+    _P("Entropy", ("entropy",), "nats per token", section="Policy"),
+    _P(
+        "Answer length",
+        ("completions/mean_length", "completions/mean_terminated_length"),
+        "tokens",
+        section="Policy",
+        band=("completions/min_length", "completions/max_length"),
+    ),
+    _P("Answers cut at the limit", ("completions/clipped_ratio",), "fraction", section="Policy"),
+    _P(
+        "Tokens clipped",
+        ("clip_ratio/low*", "clip_ratio/high*", "clip_ratio/region*", "policy/clipfrac_avg"),
+        "fraction",
+        "Policy",
+    ),
+    _P("Groups with equal rewards", ("frac_reward_zero_std",), "fraction", section="Policy"),
+    _P("Spread of rewards in a group", ("reward_std", "rewards/*/std"), "reward", section="Policy"),
+    _P("Log-probs of the pair", ("logps/chosen", "logps/rejected"), "nats", section="Policy"),
+    _P("Sampler against trainer", ("sampling/sampling_logp_difference/*",), "nats", section="Policy"),
+    _P("Gradient norm", ("grad_norm",), "norm", section="Optimisation", log=True),
+    _P("Learning rate", ("learning_rate",), "", section="Optimisation", plain=True),
+    _P("Value loss", ("loss/value_avg", "value_loss"), "loss", section="Optimisation", better="low"),
+    _P("Unscored answers", ("rewards/unscored_fraction",), "fraction", section="Optimisation"),
+    _P("Time per step", ("step_time", "update_time"), "seconds", section="Optimisation"),
+    _P("Tokens seen", ("num_tokens",), "tokens", section="Optimisation", plain=True),
+)
+
+
+def series(rows: Rows, key: str) -> Series:
+    """Steps and values of one metric, NaN and infinities included; the last row wins where a step has several."""
+    found: dict[int, float] = {}
+    for row in rows:
+        value = row.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[row["step"]] = float(value)
+    return list(found), list(found.values())
+
+
+def labels_of(keys: Sequence[str]) -> list[str]:
+    """Short labels that tell the metrics of one panel apart."""
+    bases = [key.removeprefix("eval_") for key in keys]
+    if len(keys) > 1 and len(set(bases)) == 1:
+        return ["held out" if key.startswith("eval_") else "training" for key in keys]
+    parts = [base.split("/") for base in bases]
+    while len(keys) > 1 and all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while len(keys) > 1 and all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    plain = ["/".join(part).replace("_", " ") for part in parts]
+    held_out = ["eval_" if key.startswith("eval_") else "" for key in keys]
+    return [name + (", held out" if mark else "") for name, mark in zip(plain, held_out, strict=True)]
+
+
+def present(panels: Sequence[Panel], keys: Sequence[str]) -> list[Panel]:
+    """The panels that have something to show, each with the metrics that exist."""
+    taken: set[str] = set()
+    result = []
+    for panel in panels:
+        found = [key for wish in panel.keys for key in keys if fnmatch.fnmatchcase(key, wish) and key not in taken]
+        found = list(dict.fromkeys(found))
+        if found:
+            taken.update(found)
+            band = panel.band if panel.band and all(key in keys for key in panel.band) else None
+            taken.update(band or ())
+            result.append(replace(panel, keys=tuple(found), band=band))
+    return result
+
+
+def leftover_panels(panels: Sequence[Panel], keys: Sequence[str]) -> list[Panel]:
+    """One panel for each metric that no panel shows."""
+    shown = {key for panel in panels for key in (*panel.keys, *(panel.band or ()))}
+    return [Panel(key, (key,), "", "Everything else") for key in sorted(keys) if key not in shown and key != "step"]
+
+
+def per_key(panels: Sequence[Panel]) -> list[Panel]:
+    """Panels cut into one per metric, for comparing runs."""
+    result = []
+    for panel in panels:
+        siblings = len(panel.keys) > 1 and len({key.split("/")[0] for key in panel.keys}) == 1 and "/" in panel.keys[0]
+        for index, (key, label) in enumerate(zip(panel.keys, labels_of(panel.keys), strict=True)):
+            title = panel.title if index == 0 and not siblings else f"{panel.title}: {label}"
+            result.append(replace(panel, keys=(key,), band=None, title=title))
+    return result
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A centred Gaussian average, without lag; as it is when shorter than 30 points. NaN and infinities are left out."""
+    count = len(values)
+    if count < _SMOOTH_FROM:
+        return list(values)
+    import numpy as np
+
+    sigma = min(max(count / 35, 1.0), 40.0)
+    reach = int(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    total = np.convolve(np.where(finite, array, 0.0), kernel)[reach : reach + count]
+    weight = np.convolve(finite.astype(np.float64), kernel)[reach : reach + count]
+    return np.divide(total, weight, out=np.full(count, np.nan), where=weight > 1e-9).tolist()
+
+
+# -- drawing ------------------------------------------------------------------------------------------------------
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ImportError as error:
+        raise ImportError(
+            "curves are drawn with matplotlib, which is not installed: pip install rlft[report]"
+        ) from error
+    return matplotlib
+
+
+def _figure(count: int, *, title: str, above: float = 0.0, columns: int = 3) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` panels; ``above`` inches are left between the title and the panels."""
+    matplotlib = _matplotlib()
+    columns = min(columns, max(count, 1))
+    lines = math.ceil(count / columns)
+    top = _TITLE * bool(title) + above
+    height = 2.55 * lines + top
+    figure = matplotlib.figure.Figure(figsize=(4.1 * columns, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.09, rect=(0, 0, 1, 1 - top / height))
+    axes = [figure.add_subplot(lines, columns, index + 1) for index in range(count)]
+    if title:
+        figure.text(0.09 / (4.1 * columns), 1 - 0.09 / height, title, fontsize=13, fontweight="bold", va="top")
+    return figure, axes
+
+
+def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
+    ticker = _matplotlib().ticker
+    axis.set_title(panel.title, pad=6)
+    if panel.unit:
+        axis.set_ylabel(panel.unit)
+    if last_line:
+        axis.set_xlabel("optimizer step")
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    low, high = axis.get_ylim()
+    lines = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
+    if panel.log and lines and min(lines) > 0 and max(lines) > 20 * min(lines):
+        axis.set_yscale("log")
+        return
+    axis.yaxis.set_major_locator(ticker.MaxNLocator(5))
+    if lines and panel.unit == "fraction":
+        axis.set_ylim(max(low, -0.04), min(max(high, 0.02), 1.04))
+    elif lines and max(lines) - min(lines) < 1e-9 * max(1e-3, abs(max(lines))):
+        centre = lines[0]
+        axis.set_ylim(centre - 0.5 * (abs(centre) or 1), centre + 0.5 * (abs(centre) or 1))
+    if lines and max(abs(low), abs(high)) < 1e-2:
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(_small))
+    elif lines and max(abs(low), abs(high)) >= 1e4:
+        axis.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    else:
+        axis.ticklabel_format(axis="y", useOffset=False)
+
+
+def _small(value: float, position: int | None = None) -> str:
+    """2.5e-6 rather than 2.5e-06, and no factor above the axis."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _mark_lost(axis: Any, steps: Sequence[int]) -> None:
+    """A red tick on the axis where a value was NaN or infinite."""
+    if steps:
+        where = axis.get_xaxis_transform()
+        axis.plot(steps, [0.015] * len(steps), "|", color="#cf222e", ms=8, mew=1.2, transform=where, clip_on=False)
+
+
+def _line(axis: Any, data: Series, colour: str, label: str, *, plain: bool, dashed: bool) -> list[int]:
+    steps, values = data
+    finite = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    few = len(values) < _SMOOTH_FROM
+    if not few and not plain:
+        axis.plot([s for s, _ in finite], [v for _, v in finite], color=colour, alpha=0.22, lw=0.8)
+    shown = [v if math.isfinite(v) else math.nan for v in (values if plain else smooth(values))]
+    axis.plot(steps, shown, color=colour, lw=1.7, label=label, ls="--" if dashed else "-", **_marks(few))
+    return [s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)]
+
+
+def _marks(few: bool) -> dict[str, Any]:
+    return {"marker": "o", "ms": 3.3, "mec": "white", "mew": 0.5} if few else {}
+
+
+def draw_run(rows: Rows, panels: Sequence[Panel], *, title: str = "") -> bytes:
+    """PNG of one run: every panel's metrics as a smoothed line over the faint raw one."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(len(panels), title=title)
+        for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+            lost: list[int] = []
+            if panel.band:
+                low, high = (dict(zip(*series(rows, key), strict=True)) for key in panel.band)
+                both = sorted(low.keys() & high.keys())
+                area = ([low[step] for step in both], [high[step] for step in both])
+                axis.fill_between(both, *area, color=COLOURS[0], alpha=0.12, lw=0, label="shortest to longest")
+            for position, (key, label) in enumerate(zip(panel.keys, labels_of(panel.keys), strict=True)):
+                colour, dashed = COLOURS[position % len(COLOURS)], position >= len(COLOURS)
+                lost += _line(axis, series(rows, key), colour, label, plain=panel.plain, dashed=dashed)
+            _dress(axis, panel, index + 3 >= len(panels))
+            _mark_lost(axis, sorted(set(lost)))
+            if len(panel.keys) > 1 or panel.band:
+                axis.legend(loc="best", handlelength=1.4, borderaxespad=0.2)
+        return _png(figure)
+
+
+def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *, title: str = "") -> bytes:
+    """PNG of several groups of runs: mean over a group's seeds as a line, smallest to largest seed as a band.
+
+    Args:
+        groups: name -> one list of rows per seed; a name keeps its colour through all panels.
+        panels: what to draw; the first metric of each.
+        title: above all panels.
+    """
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(len(panels), title=title, above=0.3)
+        handles: dict[str, Any] = {}
+        for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+            lost: list[int] = []
+            for position, (name, seeds) in enumerate(groups.items()):
+                colour, style = COLOURS[position % len(COLOURS)], "-" if position < len(COLOURS) else "--"
+                drawn, bad = _spread(seeds, panel.keys[0], plain=panel.plain)
+                lost += bad
+                if drawn is None:
+                    continue
+                steps, mean, low, high = drawn
+                if len(seeds) > 1:
+                    axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
+                marks = _marks(len(steps) < _SMOOTH_FROM)
+                (handles[name],) = axis.plot(steps, mean, color=colour, lw=1.8, ls=style, **marks)
+            _dress(axis, panel, index + 3 >= len(panels))
+            _mark_lost(axis, sorted(set(lost)))
+        width, height = figure.get_size_inches()
+        top = 1 - (_TITLE * bool(title)) / height
+        place = {"loc": "upper left", "bbox_to_anchor": (0.02 / width, top), "borderaxespad": 0.0}
+        figure.legend([*handles.values()], [*handles], ncols=8, handlelength=1.6, fontsize=9, **place)
+        if any(len(seeds) > 1 for seeds in groups.values()):
+            note = "line: mean of the seeds, band: smallest to largest"
+            figure.text(1 - 0.09 / width, 1 - 0.1 / height, note, ha="right", va="top", fontsize=8, color="#57606a")
+        return _png(figure)
+
+
+_Spread = tuple[list[int], list[float], list[float], list[float]]
+
+
+def _spread(seeds: Sequence[Rows], key: str, *, plain: bool) -> tuple[_Spread | None, list[int]]:
+    """Steps, mean, smallest and largest over seeds that have the step; and the steps with a NaN or infinity."""
+    at: dict[int, list[float]] = {}
+    lost: list[int] = []
+    for rows in seeds:
+        steps, values = series(rows, key)
+        lost += [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
+        for step, value in zip(steps, values if plain else smooth(values), strict=True):
+            if math.isfinite(value):
+                at.setdefault(step, []).append(value)
+    steps = sorted(at)
+    if not steps:
+        return None, lost
+    mean = [sum(at[step]) / len(at[step]) for step in steps]
+    return (steps, mean, [min(at[step]) for step in steps], [max(at[step]) for step in steps]), lost
+
+
+def _png(figure: Any) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
