@@ -117,7 +117,14 @@ class CaseResult:
                 }
             rows.append(row)
         case = self.case
-        return {"name": case.name, "what": case.what, "shape": case.shape, "rounds": case.rounds, "variants": rows}
+        return {
+            "name": case.name,
+            "what": case.what,
+            "shape": case.shape,
+            "rounds": len(ours.cpu),
+            "note": case.note,
+            "variants": rows,
+        }
 
 
 class _Worker:
@@ -126,7 +133,7 @@ class _Worker:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.result = VariantResult(variant.name)
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", variant.target, json.dumps(variant.parameters)],
             cwd=ROOT,

@@ -85,7 +85,9 @@ def rlft_online(tick: Tick, folder: str, *, objective: str, sampler: str = "auto
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
-def _run_trl(tick: Tick, trainer_class: Any, folder: str, config: Any, shape: dict[str, Any], rows: Any, **more: Any) -> None:
+def _run_trl(
+    tick: Tick, trainer_class: Any, folder: str, config: Any, shape: dict[str, Any], rows: Any, **more: Any
+) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -208,7 +210,9 @@ def cases(folder: Path, *, quick: bool = False) -> list[Case]:
             online,
             [
                 Variant("rlft grpo", f"{HERE}:rlft_online", ours("grpo")),
-                Variant("rlft grpo, transformers generate", f"{HERE}:rlft_online", ours("grpo", sampler="transformers")),
+                Variant(
+                    "rlft grpo, transformers generate", f"{HERE}:rlft_online", ours("grpo", sampler="transformers")
+                ),
                 Variant("TRL GRPOTrainer", f"{HERE}:trl_online", {**online, **where, "trainer": "GRPO"}, ("trl",)),
             ],
             rounds=rounds,

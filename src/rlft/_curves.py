@@ -219,10 +219,10 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _figure(count: int, *, title: str, above: float = 0.0, columns: int = 3) -> tuple[Any, list[Any]]:
+def _figure(count: int, *, title: str, above: float = 0.0) -> tuple[Any, list[Any]]:
     """A figure of ``count`` panels; ``above`` inches are left between the title and the panels."""
     matplotlib = _matplotlib()
-    columns = min(columns, max(count, 1))
+    columns = _columns(count)
     lines = math.ceil(count / columns)
     top = _TITLE * bool(title) + above
     height = 2.55 * lines + top
@@ -232,6 +232,10 @@ def _figure(count: int, *, title: str, above: float = 0.0, columns: int = 3) -> 
     if title:
         figure.text(0.09 / (4.1 * columns), 1 - 0.09 / height, title, fontsize=13, fontweight="bold", va="top")
     return figure, axes
+
+
+def _columns(count: int) -> int:
+    return 2 if count == 4 else min(3, max(count, 1))
 
 
 def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
@@ -248,11 +252,13 @@ def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
         axis.set_yscale("log")
         return
     axis.yaxis.set_major_locator(ticker.MaxNLocator(5))
+    constant = bool(lines) and max(lines) - min(lines) < 1e-9 * max(1e-3, abs(max(lines)))
     if lines and panel.unit == "fraction":
-        axis.set_ylim(max(low, -0.04), min(max(high, 0.02), 1.04))
-    elif lines and max(lines) - min(lines) < 1e-9 * max(1e-3, abs(max(lines))):
-        centre = lines[0]
-        axis.set_ylim(centre - 0.5 * (abs(centre) or 1), centre + 0.5 * (abs(centre) or 1))
+        axis.set_ylim(*((-0.04, 1.04) if constant else (max(low, -0.04), min(high, 1.04))))
+    elif constant:
+        half = 0.5 * (abs(lines[0]) or 1)
+        axis.set_ylim(lines[0] - half, lines[0] + half)
+    low, high = axis.get_ylim()
     if lines and max(abs(low), abs(high)) < 1e-2:
         axis.yaxis.set_major_formatter(ticker.FuncFormatter(_small))
     elif lines and max(abs(low), abs(high)) >= 1e4:
@@ -306,7 +312,7 @@ def draw_run(rows: Rows, panels: Sequence[Panel], *, title: str = "") -> bytes:
             for position, (key, label) in enumerate(zip(panel.keys, labels_of(panel.keys), strict=True)):
                 colour, dashed = COLOURS[position % len(COLOURS)], position >= len(COLOURS)
                 lost += _line(axis, series(rows, key), colour, label, plain=panel.plain, dashed=dashed)
-            _dress(axis, panel, index + 3 >= len(panels))
+            _dress(axis, panel, index + _columns(len(panels)) >= len(panels))
             _mark_lost(axis, sorted(set(lost)))
             if len(panel.keys) > 1 or panel.band:
                 axis.legend(loc="best", handlelength=1.4, borderaxespad=0.2)
@@ -338,7 +344,7 @@ def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *
                     axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
                 marks = _marks(len(steps) < _SMOOTH_FROM)
                 (handles[name],) = axis.plot(steps, mean, color=colour, lw=1.8, ls=style, **marks)
-            _dress(axis, panel, index + 3 >= len(panels))
+            _dress(axis, panel, index + _columns(len(panels)) >= len(panels))
             _mark_lost(axis, sorted(set(lost)))
         width, height = figure.get_size_inches()
         top = 1 - (_TITLE * bool(title)) / height

@@ -327,6 +327,9 @@ def whiten(
     shifted = (values - shift).where(mask, 0.0)
     mean = shifted.sum() / count.clamp(min=1)
     centred = (shifted - mean).where(mask, 0.0)
-    variance = centred.square().sum() / (count - ddof).clamp(min=1)
-    scaled = centred * (variance + eps).rsqrt().where(variance > 0, 0.0)
+    # In units of the largest deviation, squares cannot overflow; at most one entry has none.
+    scale = centred.abs().amax() if values.numel() else count.to(values.dtype)
+    unit = centred / scale.where(scale > 0, 1.0)
+    deviation = (unit.square().sum() / (count - ddof).clamp(min=1) + eps / scale.where(scale > 0, 1.0).square()).sqrt()
+    scaled = unit / deviation.where(deviation > 0, 1.0)
     return scaled if shift_mean else (scaled + mean + shift).where(mask, 0.0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import checkpoint, online, setup
+from rlft import checkpoint, online, reduce, setup
 from rlft.metrics import MetricSums
 from rlft.types import Batch
 
@@ -23,13 +24,10 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     Random numbers, metrics of the training step and the data order are as they were, afterwards: evaluating more often
     changes no training result.
     """
-    data = (
-        trainer.eval_data
-        if dataset is None
-        else setup._tokenize(
-            trainer.config, setup._rows(trainer.config, dataset, None)[0], trainer.tokenizer, online=trainer.online
-        )
-    )
+    data = trainer.eval_data
+    if dataset is not None:
+        rows = setup.load(trainer.config, "eval_data", dataset)
+        data = setup._tokenize(trainer.config, rows, trainer.tokenizer, online=trainer.online)
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
     kept, rng = trainer.metrics, checkpoint.rng_state()
@@ -91,13 +89,29 @@ def _offline(trainer: Trainer, examples: list[Any]) -> None:
             trainer.metrics.add(name, result.loss.detach(), counted)
             trainer.metrics.add_output(result, batch.mask)
         if trainer.train_data.format == "preference" and "logps" in outputs:
-            _raw_preference(trainer, outputs["logps"].detach(), batch)
+            _preference(trainer, outputs, batch, implicit=not any("rewards/accuracies" in r.metrics for r in results))
 
 
-def _raw_preference(trainer: Trainer, logps: torch.Tensor, batch: Batch) -> None:
-    """Pair accuracy by raw likelihood: length-biased, and no reference in it; shown beside the implicit reward's."""
-    sums = logps.where(batch.mask, 0.0).sum(-1)
-    trainer.metrics.add("logps/accuracies", (sums[0::2] > sums[1::2]).double(), None)
+def _preference(trainer: Trainer, outputs: Mapping[str, torch.Tensor], batch: Batch, *, implicit: bool) -> None:
+    """Pair accuracy of any objective that is trained on pairs.
+
+    By raw likelihood (length-biased, and no reference in it), and by the implicit reward beta (log pi - log ref) where
+    there is a reference and the objective does not measure that itself.
+    """
+    logps = reduce.sequence_sum(outputs["logps"].detach(), batch.mask)
+    chosen, rejected = logps[0::2], logps[1::2]
+    trainer.metrics.add("logps/accuracies", (chosen > rejected).double(), None)
+    ref_logps = outputs.get("ref_logps", batch.ref_logps)
+    if not implicit or ref_logps is None:
+        return
+    gain = logps - reduce.sequence_sum(ref_logps, batch.mask)
+    rewards = trainer.objective.beta * gain
+    trainer.metrics.add("rewards/chosen", rewards[0::2], None)
+    trainer.metrics.add("rewards/rejected", rewards[1::2], None)
+    trainer.metrics.add("rewards/margins", rewards[0::2] - rewards[1::2], None)
+    trainer.metrics.add("rewards/accuracies", (gain[0::2] > gain[1::2]).double(), None)
+    trainer.metrics.add("logps/chosen", chosen, None)
+    trainer.metrics.add("logps/rejected", rejected, None)
 
 
 def _prompts_at_once(trainer: Trainer) -> int:

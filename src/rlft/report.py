@@ -8,11 +8,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlft._curves import PANELS, Panel, Rows, draw_groups, draw_run, leftover_panels, per_key, present, series
+from rlft._page import Table, facts, flatten, html_page, make_table, number
 from rlft._redact import redact
 from rlft.metrics import LOG_NAME, read_metrics
 
@@ -21,20 +21,10 @@ __all__ = ["PANELS", "Panel", "Table", "comparison_table", "demo_report", "plot_
 Run = str | Path | Rows
 
 _SEED = re.compile(r"[-_.]?(?:seed)?[-_.]?\d+$", re.IGNORECASE)
+_DEMO = ("eval_reward", "reward", "kl", "entropy", "completions/mean_length", "grad_norm")
 _LAST = 0.1  # the last tenth of a run is its result
 _HEADLINES = ("eval_reward", "reward", "eval_rewards/accuracies", "rewards/accuracies", "eval_accuracy", "accuracy")
 _HEADLINES_AFTER = ("eval_loss", "loss", "kl", "entropy", "completions/mean_length", "num_tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table as plain text and as HTML."""
-
-    text: str
-    html: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
@@ -150,14 +140,14 @@ def comparison_table(
             ends = [_result(rows, key, last) for rows in seeds]
             mean = sum(ends) / len(ends)
             means[name, key] = mean
-            spread = f" ({_number(min(ends))} to {_number(max(ends))})" if len(ends) > 1 and mean == mean else ""
-            cells[name, key] = _number(mean) + spread
+            spread = f" ({number(min(ends))} to {number(max(ends))})" if len(ends) > 1 and mean == mean else ""
+            cells[name, key] = number(mean) + spread
     best = {key: _best({name: means[name, key] for name in groups}, key) for key in columns}
     body = [
         [name, str(len(seeds)), *((cells[name, key], best[key] == name) for key in columns)]
         for name, seeds in groups.items()
     ]
-    return _table(["", "seeds", *columns], body)
+    return make_table(["", "seeds", *columns], body)
 
 
 def _best(means: Mapping[str, float], key: str) -> str | None:
@@ -166,40 +156,6 @@ def _best(means: Mapping[str, float], key: str) -> str | None:
     if len(finite) < 2 or not direction:
         return None
     return (max if direction == "high" else min)(finite, key=lambda name: finite[name])
-
-
-def _number(value: Any) -> str:
-    """Four significant digits, readable at every size."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e7):
-        return f"{int(value):,}"
-    if abs(value) >= 1e5:
-        return f"{value:.3g}" if abs(value) >= 1e15 else f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> Table:
-    """Cells are text, or (text, is it the best)."""
-    plain = [[cell if isinstance(cell, str) else cell[0] + (" *" if cell[1] else "") for cell in row] for row in body]
-    widths = [max(len(row[i]) for row in [list(head), *plain]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(padded).rstrip()
-
-    text = "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, plain)])
-    rows = []
-    for row in body:
-        tags = []
-        for cell in row:
-            value, marked = (cell, False) if isinstance(cell, str) else cell
-            tags.append(f"<td{' class=best' if marked else ''}>{html.escape(value)}</td>")
-        rows.append("<tr>" + "".join(tags) + "</tr>")
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    return Table(text, f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
@@ -254,7 +210,7 @@ def write_report(
     parts.append(_configs(configs))
     steps = max(row["step"] for seeds in groups.values() for rows in seeds for row in rows)
     what = f"{len(folders)} run{'s' * (not single)}, {steps:,} steps"
-    page.write_text(_page(heading, what, "\n".join(parts)), encoding="utf-8")
+    page.write_text(html_page(heading, what, "\n".join(parts)), encoding="utf-8")
     return page
 
 
@@ -282,10 +238,10 @@ def demo_report(folder: str | Path, results: Sequence[Mapping[str, Any]]) -> Pat
         ]
         cells = [f"{sum(c) / len(c):.3g} ({min(c):.3g} to {max(c):.3g})" for c in columns]
         body.append([name, str(len(mine)), *cells])
-    table = _table(["", "seeds", "before RL", "after RL", "gain in points"], body)
+    table = make_table(["", "seeds", "before RL", "after RL", "gain in points"], body)
     plot_curves(
         runs,
-        [key for key in ("eval_reward", "reward", "kl", "entropy", "completions/mean_length", "grad_norm")],
+        _DEMO,
         folder / "demo.png",
         "Demo: held-out accuracy and what goes with it",
     )
@@ -308,7 +264,8 @@ def _named(runs: Any) -> dict[str, list[Path]]:
 
 def _heading(named: Mapping[str, Sequence[Path]], configs: Mapping[str, Any]) -> str:
     if len(configs) > 1:
-        return " and ".join(named) if len(named) < 4 else f"{len(named)} kinds of runs"
+        *first, last = named
+        return f"{', '.join(first)} and {last}" if first else f"{last}, {len(configs)} runs"
     config = redact(next(iter(configs.values())) or {})
     name, objective = config.get("run_name"), config.get("objective")
     return " · ".join(str(part) for part in (name or next(iter(named)), objective) if part)
@@ -332,12 +289,12 @@ def _tiles(rows: Rows) -> str:
     for key in chosen:
         values = series(rows, key)[1]
         if key == "num_tokens":
-            tiles.append(("tokens", _number(values[-1]), ""))
+            tiles.append(("tokens", number(values[-1]), ""))
         else:
-            tiles.append((key, _number(_result(rows, key)), f"began at {_number(values[0])}"))
+            tiles.append((key, number(_result(rows, key)), f"began at {number(values[0])}"))
     seconds = sum(v for v in series(rows, "step_time")[1] if math.isfinite(v))
     if seconds:
-        tiles.append(("time in steps", _duration(seconds), f"{_number(_result(rows, 'step_time'))} s per step"))
+        tiles.append(("time in steps", _duration(seconds), f"{number(_result(rows, 'step_time'))} s per step"))
     inner = "".join(
         f"<div class=tile><span>{html.escape(name)}</span><b>{html.escape(value)}</b><i>{html.escape(note)}</i></div>"
         for name, value, note in tiles
@@ -403,11 +360,8 @@ def _images(groups: Mapping[str, Sequence[Rows]], single: bool, heading: str) ->
         picture = base64.b64encode(draw([p for p in [*known, *more] if p.section == section])).decode("ascii")
         name = html.escape(section)
         image = f'<img alt="{name} curves" src="data:image/png;base64,{picture}">'
-        tags.append(
-            f"<details><summary>{name}</summary>{image}</details>"
-            if more and section == more[0].section
-            else f"<h2>{name}</h2>{image}"
-        )
+        rare = bool(more) and section == more[0].section
+        tags.append(f"<details><summary>{name}</summary>{image}</details>" if rare else f"<h2>{name}</h2>{image}")
     return tags, draw(known or more, heading)
 
 
@@ -417,9 +371,9 @@ def _metric_table(rows: Rows) -> Table:
         steps, values = series(rows, key)
         finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         low, high = (min(finite), max(finite)) if finite else ((math.nan, 0), (math.nan, 0))
-        ends = [_number(values[0]), _number(_result(rows, key))]
-        body.append([key, *ends, f"{_number(low[0])} @ {low[1]}", f"{_number(high[0])} @ {high[1]}", str(len(values))])
-    return _table(["metric", "first", "mean of last 10%", "lowest @ step", "highest @ step", "points"], body)
+        ends = [number(values[0]), number(_result(rows, key))]
+        body.append([key, *ends, f"{number(low[0])} @ {low[1]}", f"{number(high[0])} @ {high[1]}", str(len(values))])
+    return make_table(["metric", "first", "mean of last 10%", "lowest @ step", "highest @ step", "points"], body)
 
 
 def _summaries(folders: Sequence[Path]) -> list[str]:
@@ -431,80 +385,24 @@ def _summaries(folders: Sequence[Path]) -> list[str]:
         of = "" if len(folders) == 1 else f" of {html.escape(folder.name)}"
         data = summary.pop("data", None)
         if summary:
-            parts.append(f"<h2>Summary{of}</h2>" + _facts(summary))
+            parts.append(f"<h2>Summary{of}</h2>" + facts(summary))
         if data:
-            parts.append(f"<h2>Data{of}</h2>" + _facts(data if isinstance(data, Mapping) else {"report": data}))
+            parts.append(f"<h2>Data{of}</h2>" + facts(data if isinstance(data, Mapping) else {"report": data}))
     return parts
 
 
 def _configs(configs: Mapping[str, Any]) -> str:
     """The configuration; of several runs, what differs first."""
-    flat = {name: _flatten(redact(config)) for name, config in configs.items() if config is not None}
+    flat = {name: flatten(redact(config)) for name, config in configs.items() if config is not None}
     if not flat:
         return ""
     keys = sorted({key for one in flat.values() for key in one})
     if len(flat) == 1:
         (one,) = flat.values()
-        return "<details><summary>Configuration</summary>" + _facts(one) + "</details>"
+        return "<details><summary>Configuration</summary>" + facts(one) + "</details>"
     differing = [key for key in keys if len({one.get(key, "") for one in flat.values()}) > 1]
     names = [Path(name).name for name in flat]
     rows = [[key, *(one.get(key, "") for one in flat.values())] for key in differing]
     common = {key: next(iter(flat.values())).get(key, "") for key in keys if key not in differing}
-    differs = "<h2>Settings that differ</h2>" + _table(["", *names], rows).html if differing else ""
-    return differs + "<details><summary>Settings in common</summary>" + _facts(common) + "</details>"
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        return {
-            k: v
-            for key, inner in value.items()
-            for k, v in _flatten(inner, f"{path}.{key}" if path else str(key)).items()
-        }
-    return {path: value if isinstance(value, str) else json.dumps(value, default=str)}
-
-
-def _facts(values: Mapping[str, Any]) -> str:
-    rows = [[key, _number(value)] for key, value in _flatten_numbers(values).items()]
-    return _table(["", ""], rows).html.replace("<table>", "<table class=facts>", 1)
-
-
-def _flatten_numbers(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        found = [_flatten_numbers(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()]
-        return {k: v for one in found for k, v in one.items()}
-    return {path: value}
-
-
-_CSS = """
-:root{--ink:#24292f;--soft:#57606a;--line:#d9dde3;--back:#f6f8fa}
-*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:#fff;margin:0 auto;
-max-width:1240px;padding:28px 24px 60px}
-h1{font-size:26px;margin:0}h1+p{color:var(--soft);margin:2px 0 22px}
-h2{font-size:18px;margin:34px 0 10px;padding-bottom:5px;border-bottom:1px solid var(--line)}
-img{display:block;max-width:100%;height:auto}
-.tiles{display:flex;flex-wrap:wrap;gap:12px}
-.tile{background:var(--back);border:1px solid var(--line);border-radius:8px;padding:10px 16px;min-width:150px}
-.tile span,.tile i{display:block;color:var(--soft);font-size:12.5px;font-style:normal}.tile b{font-size:24px;font-weight:600}
-table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
-th{color:var(--soft);font-weight:600;text-align:right;padding:4px 14px 4px 0;border-bottom:1px solid var(--line)}
-td{text-align:right;padding:3px 14px 3px 0;border-bottom:1px solid #eef0f3;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}td.best{font-weight:700}
-table.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}table.facts td:first-child{color:var(--soft);white-space:nowrap}
-table.facts thead{display:none}
-ul.remarks{background:#fff8e6;border:1px solid #ead9a4;border-radius:8px;padding:10px 16px 10px 34px;margin:0}
-details{margin:26px 0 0}summary{font-size:18px;font-weight:600;cursor:pointer;margin-bottom:10px}
-"""
-
-
-def _page(heading: str, what: str, body: str) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    name = html.escape(heading)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name}</title><style>{_CSS}</style></head>\n"
-        f"<body><h1>{name}</h1><p>{html.escape(what)}</p>\n{body}\n</body></html>\n"
-    )
+    differs = "<h2>Settings that differ</h2>" + make_table(["", *names], rows).html if differing else ""
+    return differs + "<details><summary>Settings in common</summary>" + facts(common) + "</details>"

@@ -121,8 +121,8 @@ def build(
     source = model if model is not None else config.model
     if source is None:
         raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
-    train_rows, eval_rows = _rows(config, train_dataset, eval_dataset)
-    tokenizer = _tokenizer(config, tokenizer, source, train_rows)
+    train_rows, eval_rows, texts = _rows(config, train_dataset, eval_dataset)
+    tokenizer = _tokenizer(config, tokenizer, source, texts)
     train = _tokenize(config, train_rows, tokenizer, online=bool(specs))
     held_out = _tokenize(config, eval_rows, tokenizer, online=bool(specs)) if eval_rows is not None else None
     _check_data(config, objective, train, online=bool(specs))
@@ -246,6 +246,15 @@ def _check_on_policy(config: Config, objective: Objective) -> None:
 
 
 def _check_data(config: Config, objective: Objective, data: Any, *, online: bool) -> None:
+    if data.format in ("preference", "unpaired") and all(t.name == "sft" for t in objective.terms):
+        bad = {"preference": "rejected", "unpaired": "undesired"}[data.format]
+        remedy = {
+            "preference": "set data_format: prompt_completion and columns: {completion: chosen}",
+            "unpaired": "give rows with desired answers alone",
+        }[data.format]
+        raise ConfigError(
+            f"objective {objective.name!r} on {data.format!r} rows would imitate the {bad} answers too; {remedy}"
+        )
     kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
     wanted = [kind for kind, needed in kinds.items() if needed]
     if wanted and data.format not in wanted:
@@ -357,17 +366,22 @@ def _accelerator(config: Config) -> Any:
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
 
 
-def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any]:
+def load(config: Config, name: str, given: Any) -> Any:
+    """The rows of a setting (``train_data`` or ``eval_data``), or those given in memory, renamed; None without either."""
     from rlft.data import load_rows
 
-    source = train if train is not None else _expanded("train_data", config.train_data)
-    if source is None:
+    source = _expanded(name, given if given is not None else getattr(config, name))
+    return load_rows(source, columns=config.columns or None) if source is not None else None
+
+
+def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
+    """Rows to train on, rows held out, and the rows that a tokenizer may be made of: the whole file but the held-out."""
+    rows, held = load(config, "train_data", train), load(config, "eval_data", held_out)
+    if rows is None:
         raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
-    rows = load_rows(source, columns=config.columns or None)
-    target = held_out if held_out is not None else _expanded("eval_data", config.eval_data)
-    held = load_rows(target, columns=config.columns or None) if target is not None else None
     if config.eval_fraction is not None:
         rows, held = rows.split(config.eval_fraction, seed=0)
+    texts = rows
     if config.train_slice is not None:
         start, stop = (round(part * len(rows)) for part in config.train_slice)
         rows = rows.select(range(start, stop))
@@ -379,7 +393,7 @@ def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any]:
             raise ConfigError("eval_on_start does nothing without evaluation data; give eval_data or eval_fraction")
     elif config.eval_rows is not None:
         held = held.select(range(min(config.eval_rows, len(held))))
-    return rows, held
+    return rows, held, texts
 
 
 def _expanded(name: str, paths: Any) -> Any:

@@ -200,7 +200,7 @@ def test_adapter_folders_that_lack_something_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_modules": ["q_proj", "embed_tokens"]},
+        {},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
@@ -214,3 +214,10 @@ def test_tied_head_and_embedding_agree_when_merged(settings) -> None:
     live = Policy(model, reference="none")(data, want=LOGPS)["logps"].detach()
     close(pick(alone(model, data), data), live, 1e-5)
     close(Policy(model.merge_and_unload(), reference="none")(data, want=LOGPS)["logps"], live, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_adapter_on_a_tied_weight_is_refused(name) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}', whose weight is embedding and head at once"):
+        add_lora(tiny_qwen2(), LoraSettings(r=2, target_modules=["q_proj", name]))
+    add_lora(tiny_llama(), LoraSettings(r=2, target_modules=["q_proj", name]))  # not tied: fine

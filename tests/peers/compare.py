@@ -65,9 +65,15 @@ class Pairs:
         return chosen, rejected
 
     @property
+    def mean_sums(self) -> tuple[Tensor, ...]:
+        """:attr:`sums`, each divided by its answer's length."""
+        return tuple(total / count for total, count in zip(self.sums, self.lengths * 2, strict=True))
+
+    @property
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean log-probs of the chosen and of the rejected answers."""
-        return tuple(total / count for total, count in zip(self.sums[:2], self.lengths, strict=True))  # type: ignore[return-value]
+        chosen, rejected, *_ = self.mean_sums
+        return chosen, rejected
 
 
 @dataclass(frozen=True)

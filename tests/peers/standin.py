@@ -33,7 +33,7 @@ class KeepsPrecision(Tensor):
     """A float64 tensor whose ``.float()`` does nothing, so that peers which round to float32 can be compared tightly."""
 
     def float(self) -> KeepsPrecision:  # type: ignore[override]
-        return self
+        return self if self.is_floating_point() else super().float()
 
 
 @contextmanager
@@ -203,7 +203,8 @@ def grpo(
         inputs["old_per_token_logps"] = old_logps.where(mask, 0.0)
     if ref_logps is not None:
         inputs["ref_per_token_logps"] = ref_logps.where(mask, 0.0)
-    loss = GRPOTrainer._compute_loss(me, None, inputs)
+    with double():
+        loss = GRPOTrainer._compute_loss(me, None, inputs)
     if metrics is not None:
         metrics.update(me._metrics["train"])
     return loss
@@ -359,3 +360,53 @@ def orpo(mean_chosen: Tensor, mean_rejected: Tensor, *, beta: float) -> Tensor:
 
     chosen, rejected = mean_chosen.as_subclass(KeepsPrecision), mean_rejected.as_subclass(KeepsPrecision)
     return ORPOTrainer.odds_ratio_loss(trainer(beta=beta), chosen, rejected)[0].as_subclass(Tensor)
+
+
+def whole_step(kind: str, logps: Tensor, mask: Tensor, *, prompt_logps: Tensor | None = None, **hyper: Any) -> Tensor:
+    """``get_batch_loss_metrics`` of the CPO or ORPO trainer, its forward pass and likelihood term included.
+
+    Args:
+        kind: "cpo" or "orpo".
+        logps: ``[2P, T]`` log-probs of the answers' tokens, chosen rows first.
+        mask: ``[2P, T]`` True = a token of the answer.
+        prompt_logps: ``[2P, L]`` log-probs of the prompts' tokens but the first; default: prompts of one token.
+        **hyper: of the trainer.
+    """
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    owner = {"cpo": CPOTrainer, "orpo": ORPOTrainer}[kind]
+    before = logps.new_zeros(len(logps), 0) if prompt_logps is None else prompt_logps
+    scored = torch.cat([before, logps.where(mask, -1.0)], dim=1)
+    # Two words, of which the first one is always said: its log-softmax is the log-prob that was given.
+    logits = torch.stack([scored, (-scored.exp()).log1p()], dim=-1)
+    logits = torch.cat([logits, logits.new_zeros(len(logits), 1, 2)], dim=1)
+    answer = torch.cat([torch.zeros(len(mask), 1 + before.shape[1], dtype=torch.bool), mask], dim=1)
+    exists = answer.clone()
+    exists[:, : 1 + before.shape[1]] = True
+    fields = {
+        "input_ids": torch.zeros_like(answer, dtype=torch.long),
+        "attention_mask": exists.long(),
+        "labels": torch.zeros_like(answer, dtype=torch.long).masked_fill(~answer, -100),
+    }
+    batch = {
+        f"{side}_{k}": v for k, x in fields.items() for side, v in zip(("chosen", "rejected"), x.chunk(2), strict=True)
+    }
+    me = trainer(
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        padding_value=0,
+        concatenated_inputs=owner.concatenated_inputs,
+        get_batch_logps=owner.get_batch_logps,
+        **{"loss_type": "sigmoid", "simpo_gamma": 0.0, "label_smoothing": 0.0, "alpha": 0.0, "cpo_alpha": 1.0, **hyper},
+    )
+
+    def keep(*args: Tensor) -> tuple[Tensor, ...]:
+        found = ORPOTrainer.odds_ratio_loss(me, *(x.as_subclass(KeepsPrecision) for x in args))
+        return tuple(x.as_subclass(Tensor) for x in found)
+
+    me.concatenated_forward = lambda model, given: owner.concatenated_forward(me, model, given)
+    me.cpo_loss, me.odds_ratio_loss = lambda *args: CPOTrainer.cpo_loss(me, *args), keep
+    return owner.get_batch_loss_metrics(me, lambda *_, **__: SimpleNamespace(logits=logits), batch)[0].as_subclass(
+        Tensor
+    )

@@ -74,6 +74,90 @@ def test_one_surrogate_five_averagings(loss_type: str, averaging: Any, length: i
     assert_agree(reduce.average(ours.loss, ours.mask, averaging, length=length), theirs, r.logps)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("loss_type", "averaging", "length"),
+    [
+        ("grpo", "sequence_mean", None),
+        ("dapo", "token_mean", None),
+        ("dr_grpo", "fixed_length", 10),
+        ("luspo", "sequence_sum", None),
+    ],
+)
+def test_sequence_ratio_is_gspo(loss_type: str, averaging: Any, length: int | None, seed: int) -> None:
+    r = Rollouts.make(seed)
+    theirs = standin.grpo(
+        r.logps,
+        r.old_logps,
+        None,
+        r.advantages,
+        r.mask,
+        loss_type=loss_type,
+        level="sequence",
+        epsilon=0.03,
+        epsilon_high=0.04,
+        max_completion_length=10,
+    )
+    ours = losses.gspo(r.logps, r.old_logps, r.advantages, r.mask, clip_eps=0.03, clip_eps_high=0.04)
+    assert_agree(reduce.average(ours.loss, ours.mask, averaging, length=length), theirs, r.logps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gspo_token_has_gspo_gradients(seed: int) -> None:
+    r = Rollouts.make(seed)
+    ours = losses.gspo_token(r.logps, r.old_logps, r.advantages, r.mask, clip_eps=0.03, clip_eps_high=0.04).mean()
+    theirs = standin.grpo(
+        r.logps, r.old_logps, None, r.advantages, r.mask, level="sequence", epsilon=0.03, epsilon_high=0.04
+    )
+    assert_agree(ours, theirs, r.logps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cispo_with_the_bound_written_as_one_plus_epsilon(seed: int) -> None:
+    r = Rollouts.make(seed)
+    ours = losses.cispo(r.logps, r.old_logps, r.advantages, r.mask, clip_eps_high=0.2).mean()
+    theirs = standin.grpo(r.logps, r.old_logps, None, r.advantages, r.mask, loss_type="cispo", epsilon_high=1.2)
+    assert (r.logps - r.old_logps).exp()[r.mask].max() > 1.2
+    assert_agree(ours, theirs, r.logps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperatures", [(1.0, 1.05), (0.5, 2.0)])
+def test_sapo(temperatures: tuple[float, float], seed: int) -> None:
+    r = Rollouts.make(seed)
+    ours = losses.sapo(
+        r.logps,
+        r.old_logps,
+        r.advantages,
+        r.mask,
+        temperature_positive=temperatures[0],
+        temperature_negative=temperatures[1],
+    ).mean()
+    theirs = standin.grpo(
+        r.logps, r.old_logps, None, r.advantages, r.mask, loss_type="sapo", sapo_temperatures=temperatures
+    )
+    assert_agree(ours, theirs, r.logps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_sided_clipping_is_dual_clip(seed: int) -> None:
+    """INTELLECT-2's delta bounds the ratio, dual clip the loss: for delta above 1 + epsilon they are the same thing."""
+    r = Rollouts.make(seed, drift=1.0)
+    assert ((r.logps - r.old_logps).exp() > 1.5)[r.mask & (r.advantages < 0)[:, None]].any()
+    ours = losses.ppo_clip(r.logps, r.old_logps, r.advantages, r.mask, clip_eps=0.2, dual_clip=1.5)
+    theirs = standin.grpo(r.logps, r.old_logps, None, r.advantages, r.mask, loss_type="bnpo", delta=1.5)
+    assert_agree(ours.mean(), theirs, r.logps)
+
+
+def test_kl_with_bias_correction_is_ratio_k3_on_fresh_samples() -> None:
+    r = Rollouts.make()
+    ours = losses.grpo(
+        r.logps, r.logps.detach(), r.ref_logps, r.advantages, r.mask, clip_eps=0.2, beta=0.3, kl_gradient="ratio_k3"
+    )
+    theirs = standin.grpo(r.logps, None, r.ref_logps, r.advantages, r.mask, beta=0.3, use_bias_correction_kl=True)
+    assert_agree(ours.mean(), theirs, r.logps)
+
+
 def test_clip_metrics() -> None:
     r = Rollouts.make()
     theirs: dict[str, Any] = {}

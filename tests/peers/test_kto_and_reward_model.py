@@ -31,6 +31,14 @@ def test_kto(labels: torch.Tensor, shift: float, weights: tuple[float, float]) -
     assert_agree(ours, theirs, r.logps)
 
 
+def test_apo_zero_unpaired_is_kto_with_a_baseline_of_zero() -> None:
+    r = Rollouts.make(1)
+    zeros = torch.zeros(len(LABELS), dtype=torch.float64)
+    ours = losses.kto(r.logps, r.ref_logps, LABELS, zeros, r.mask, beta=0.3).mean()
+    theirs = standin.kto(r.logps, r.ref_logps, LABELS, zeros, zeros, r.mask, beta=0.3, loss_type="apo_zero_unpaired")
+    assert_agree(ours, theirs, r.logps)
+
+
 @pytest.mark.parametrize("centering", [None, 0.01])
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_bradley_terry(centering: float | None, with_margin: bool) -> None:

@@ -183,14 +183,19 @@ def rpo(
     References:
         Pang et al. 2024, arXiv 2404.19733, equation 1; Liu et al. 2024, arXiv 2405.16436.
     """
+    _check.number("beta", beta, low=0.0, open_low=True)
     _check.number("alpha", alpha, low=0.0)
-    chosen, rejected, metrics = _base.implicit_rewards(
-        beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    chosen, rejected, ref_chosen, ref_rejected = _base.pair_logps(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
     )
     (length,) = _base.lengths(chosen, chosen_lengths=chosen_lengths)
-    nll = -_check.upcast(chosen_logps) / length
-    metrics["nll_loss"] = nll.detach()
-    return LossOutput(loss=-logsigmoid(chosen - rejected) + alpha * nll, metrics=metrics, reduction="mean")
+    nll = -chosen / length
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    metrics = {**_base.pair_metrics(beta, chosen, rejected, ref_chosen, ref_rejected), "nll_loss": nll.detach()}
+    return LossOutput(loss=-logsigmoid(margin) + alpha * nll, metrics=metrics, reduction="mean")
 
 
 @_base.loss_function(reduction="mean")

@@ -131,10 +131,13 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
     config: Any = settings
     if isinstance(settings, LoraSettings):
         classifier = type(model).__name__.endswith("ForSequenceClassification")
-        # A tied head must follow its embedding, or merging the adapter would change a layer that it was not on.
-        tied = _touches_tied(model, [] if targets == "all-linear" else targets, saved)
+        if targets != "all-linear" and (name := _tied_among(model, targets)):
+            raise ValueError(
+                f"lora target_modules names {name!r}, whose weight is embedding and head at once (tie_word_embeddings); a "
+                f"merged adapter would count twice: leave it out, train it in full (modules_to_save=[{name!r}]), or untie"
+            )
         config = LoraConfig(
-            **({"ensure_weight_tying": True} if tied else {}),
+            ensure_weight_tying=bool(saved and _tied_among(model, saved)),
             r=settings.r,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
             lora_dropout=float(settings.dropout),
@@ -249,14 +252,15 @@ def _match(wanted: Iterable[str], names: list[str], *, what: str, candidates: se
             raise ValueError(f"lora {what} {target!r} matches no module of the model; it has {', '.join(close[:12])}")
 
 
-def _touches_tied(model: Any, targets: Iterable[str], saved: Iterable[str] | None) -> bool:
-    """Whether an adapter sits on an embedding that is also the head."""
+def _tied_among(model: Any, wanted: Iterable[str]) -> str | None:
+    """The first name that means an embedding which is also the head."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return False
+        return None
     both = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    wanted = [*targets, *(saved or ())]
     names = [name for name, module in model.named_modules() if any(module is m for m in both)]
-    return any(name == w or name.endswith("." + w) for name in names for w in wanted)
+    return (
+        next((w for w in wanted if any(n == w or n.endswith("." + w) for n in names)), None) if len(both) > 1 else None
+    )
 
 
 def _full_precision(model: Any) -> None:

@@ -11,6 +11,7 @@ from rlft.rollout.randomness import fold_seed
 from rlft.rollout.replay import ReplayBuffer, ReplayItem
 from rlft.rollout.transformers_sampler import TransformersSampler
 from rlft.rollout.types import Rollout, Sampler, SamplingParams
+from rlft.rollout.vllm_sampler import VLLMSampler
 
 __all__ = [
     "SAMPLERS",
@@ -21,6 +22,7 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "TransformersSampler",
+    "VLLMSampler",
     "fold_seed",
     "make_sampler",
 ]

@@ -1,0 +1,85 @@
+"""The page and the tables of what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+__all__ = ["page", "table"]
+
+HEAD = """\
+# Benchmarks
+
+rlft side by side with what one would use instead. Every figure below was measured by one command,
+
+```
+{command}
+```
+
+on one machine, in one go. This page is written by that command; edit `benchmarks/`, not the page.
+
+## How to read it
+
+- **Ratio** is the other's CPU-seconds divided by rlft's in the same round: above 1 rlft is faster. The median over rounds,
+  and in brackets the smallest and the largest. Where the brackets include 1, there is no difference to speak of.
+- Each variant runs in a fresh process with one thread. Variants take turns within a round, in alternating order; the
+  first round of each is a warm-up, whose memory counts and whose time does not.
+- **Memory** is how far the process's resident memory rose above what it was before the first unit of work (weights,
+  libraries and data are loaded by then), and its ratio to rlft's.
+- CPU-seconds are those of the process, kernel time included. Wall times are in `benchmarks.json`; where other programs
+  share the machine, they are the noisier number.
+- Where variants must compute the same thing, that is checked (sums of outputs and gradient norms, losses after the same
+  number of steps, tokens sampled), and a run in which they differ is refused.
+- These are small models on a CPU: what is bought here is less work and less memory. On a GPU the savings in work and
+  memory carry over, the CPU-specific part (page faults of large temporary tensors) does not.
+
+## Versions
+
+{versions}
+
+## Results
+"""
+
+
+def table(case: dict[str, Any]) -> str:
+    """A case as a Markdown table."""
+    lines = [
+        "| variant | CPU-s (min) | CPU-s (median) | ratio, median (low to high) | memory MiB | memory ratio |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in case["variants"]:
+        if row["skipped"]:
+            lines.append(f"| {row['name']} | skipped: {row['skipped']} | | | | |")
+            continue
+        ratio = row["ratio"]
+        spread = (
+            "1"
+            if row is case["variants"][0]
+            else f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        )
+        memory = "" if ratio["memory"] is None else f"{ratio['memory']:.1f}"
+        lines.append(
+            f"| {row['name']} | {min(row['cpu_s']):.3f} | {statistics.median(row['cpu_s']):.3f} | {spread} "
+            f"| {row['peak_mib']:.0f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def _flat(shape: dict[str, Any]) -> str:
+    parts = []
+    for name, value in shape.items():
+        parts.append(f"{name} ({_flat(value)})" if isinstance(value, dict) else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def page(record: dict[str, Any]) -> str:
+    """The whole page."""
+    versions = "\n".join(f"- {name}: {value}" for name, value in record["versions"].items())
+    parts = [HEAD.format(command=record["command"], versions=versions)]
+    for case in record["cases"]:
+        note = f" {case['note']}" if case.get("note") else ""
+        parts.append(
+            f"### {case['name']}\n\n{case['what'].capitalize()}. {case['rounds']} rounds.{note}\n\n"
+            f"Shape: {_flat(case['shape'])}.\n\n{table(case)}\n"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,90 @@
+"""``python -m benchmarks.run``: measure everything side by side, print it, write docs/benchmarks.md and .json.
+
+Ratios are what to read: absolute seconds belong to the machine. Nothing is downloaded, nothing is reported anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import generation, kernels, steps
+from benchmarks.harness import ROOT, Case, measure
+from benchmarks.page import page, table
+
+__all__ = ["main"]
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger-kernel")
+
+
+def versions() -> dict[str, str]:
+    """What was compared, and on what kind of processor (never which machine)."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    import torch
+
+    return {**found, "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print, write.
+
+    Args:
+        arguments: of the command line; default: the process's own.
+
+    Returns:
+        What was written as JSON.
+
+    Raises:
+        RuntimeError: when a variant fails, or variants that should compute the same thing do not.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, one round: does it run? (figures mean nothing)"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose name contains TEXT; writes no page")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds of every case (default: the case's own)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the page goes (default: docs)")
+    options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        cases: list[Case] = [
+            *steps.cases(Path(folder), quick=options.quick),
+            *generation.cases(Path(folder), quick=options.quick),
+            *kernels.cases(quick=options.quick),
+        ]
+        chosen = [case for case in cases if not options.only or options.only.lower() in case.name.lower()]
+        if not chosen:
+            parser.error(f"no case is called {options.only!r}; there are: {', '.join(case.name for case in cases)}")
+        for case in chosen:
+            result = measure(case, rounds=options.rounds, say=lambda line: print(line, file=sys.stderr))
+            results.append(result.as_dict())
+            print(f"\n{case.name}\n{table(results[-1])}", flush=True)
+    command = " ".join(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])])
+    record = {"versions": versions(), "command": command, "cases": results}
+    # A part, or figures that mean nothing, must not replace the page of a whole run by accident.
+    target = options.output or (ROOT / "docs" if not (options.quick or options.only) else None)
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "benchmarks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (target / "benchmarks.md").write_text(page(record), encoding="utf-8")
+        print(f"\nwritten: benchmarks.md and benchmarks.json in {target.name}")
+    return record
+
+
+if __name__ == "__main__":
+    main()

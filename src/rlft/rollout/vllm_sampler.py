@@ -1,0 +1,179 @@
+"""Sampling with vLLM: the fastest back end on a GPU, with its own copy of the weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlft.rollout.modes import check_context, end_token_ids, generating_model
+from rlft.rollout.randomness import fold_seed
+from rlft.rollout.types import Rollout, SamplingParams, check_request
+from rlft.rollout.weights import merged_weights
+
+__all__ = ["VLLMSampler"]
+
+_MINIMUM = (0, 14)  # older versions ran code from a model's folder although told not to (CVE-2026-22807)
+_OURS = {
+    "model": "the engine is built from the model that was passed",
+    "tokenizer": "the engine sees token ids only",
+    "skip_tokenizer_init": "the engine sees token ids only",
+    "load_format": "weights are loaded from the live model",
+    "logprobs_mode": "log-probs must be those of the distribution sampled from",
+    "worker_extension_cls": "it loads the weights",
+    "generation_config": "what SamplingParams says is all there is",
+}
+
+
+class VLLMSampler:
+    """A :class:`Sampler` over an in-process vLLM engine (extra ``rlft[vllm]``).
+
+    The engine is built from the model's config with placeholder weights. Before sampling, if ``weight_version`` is not
+    the one it holds, the live weights are merged with their LoRA adapters, written to a temporary safetensors file and
+    loaded by every worker; then the prefix cache, computed with the old weights, is dropped.
+
+    The same seed gives the same rows on the same machine and version, but not the rows of the other back ends.
+    ``poll`` is called before and after a batch: vLLM does not return in between.
+
+    Args:
+        model: a causal language model or a LoRA PeftModel over one.
+        tokenizer: its EOS ends a row.
+        gpu_memory_utilization: the share of GPU memory the engine may take; the trainer needs the rest.
+        tensor_parallel_size: GPUs the engine spreads over.
+        max_model_len: the longest prompt and completion; default the model's own.
+        weights_dir: where the temporary weights file goes; a memory-backed folder makes it fast. Default: the system's.
+        **engine_options: passed to ``vllm.LLM``.
+
+    Raises:
+        ImportError: when vLLM is not installed.
+        ValueError: for a version older than 0.14, or an engine option that this class sets itself.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        weights_dir: str | Path | None = None,
+        **engine_options: Any,
+    ) -> None:
+        for option, why in _OURS.items():
+            if option in engine_options:
+                raise ValueError(f"{option} is set by VLLMSampler ({why}); leave it out")
+        self._vllm = _import_vllm()
+        self.model, self.tokenizer, self.weights_dir = model, tokenizer, weights_dir
+        self.end_ids = end_token_ids(model, tokenizer)
+        inner = generating_model(model)
+        with tempfile.TemporaryDirectory(prefix="rlft-vllm-", dir=weights_dir) as folder:
+            inner.config.save_pretrained(folder)
+            self.engine = self._vllm.LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls="rlft.rollout.vllm_worker.WeightLoader",
+                dtype=str(inner.dtype).removeprefix("torch."),
+                gpu_memory_utilization=gpu_memory_utilization,
+                tensor_parallel_size=tensor_parallel_size,
+                **({} if max_model_len is None else {"max_model_len": max_model_len}),
+                **engine_options,
+            )
+        self._version: int | None = None
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        weight_version: int = 0,
+        poll: Callable[[], None] | None = None,
+    ) -> Rollout:
+        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
+        prompts = check_request(prompt_ids, n, seed)
+        check_context(generating_model(self.model), prompts, params.max_new_tokens)
+        if poll is not None:
+            poll()
+        if weight_version != self._version:
+            self.sync()
+            self._version = weight_version
+        stops = sorted({*self.end_ids, *params.stop_token_ids})
+        # vLLM draws one row of a greedy request: all n are the same.
+        asked = 1 if params.greedy else n
+        requests = [
+            self._params(params, asked, stops, fold_seed(seed, step=p, stream="vllm")) for p in range(len(prompts))
+        ]
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], requests, use_tqdm=False)
+        if poll is not None:
+            poll()
+        rows = [self._row(row, stops) for output in outputs for row in self._rows(output, asked) * (n // asked)]
+        if len(rows) != len(prompts) * n:
+            raise RuntimeError(f"vLLM returned {len(rows)} rows for {len(prompts)} prompts of {n} completions")
+        ids, logps, finished = (list(column) for column in zip(*rows, strict=True))
+        return Rollout(ids, logps, finished, weight_version)
+
+    def sync(self) -> None:
+        """Load the model's weights, adapters merged, into the engine."""
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory(prefix="rlft-vllm-", dir=self.weights_dir) as folder:
+            path = Path(folder) / "weights.safetensors"
+            tensors = {name: tensor.contiguous() for name, tensor in merged_weights(self.model)}
+            save_file(tensors, path)
+            loaded = self.engine.collective_rpc("rlft_load_weights", args=(str(path),))
+        if any(count != len(tensors) for count in loaded):
+            raise RuntimeError(
+                f"vLLM's workers loaded {loaded} tensors of {len(tensors)}; the engine's weights are stale"
+            )
+        self.engine.reset_prefix_cache()
+
+    def _params(self, params: SamplingParams, n: int, stops: list[int], seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            n=n,
+            temperature=0.0 if params.greedy else params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            max_tokens=params.max_new_tokens,
+            stop_token_ids=stops,
+            seed=seed % 2**31,
+            logprobs=0,  # the sampled token's alone
+            detokenize=False,
+        )
+
+    def _rows(self, output: Any, asked: int) -> list[Any]:
+        if len(output.outputs) != asked:
+            raise RuntimeError(f"vLLM returned {len(output.outputs)} completions of a prompt, asked for {asked}")
+        return sorted(output.outputs, key=lambda row: row.index)
+
+    def _row(self, row: Any, stops: list[int]) -> tuple[list[int], list[float], bool]:
+        ids = [int(token) for token in row.token_ids]
+        if row.finish_reason not in ("stop", "length") or not ids:
+            raise RuntimeError(f"vLLM ended a row by {row.finish_reason!r} after {len(ids)} tokens; see its log")
+        if row.finish_reason == "stop" and ids[-1] not in stops:
+            raise RuntimeError(f"vLLM ended a row by 'stop' at token {ids[-1]}, which is none of {stops}")
+        logps = [float(step[token].logprob) for step, token in zip(row.logprobs, ids, strict=True)]
+        return ids, logps, ids[-1] in stops
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            "the 'vllm' sampler needs vLLM, which is not installed: pip install 'rlft[vllm]' (Linux with a GPU), "
+            "or use sampler='builtin'"
+        ) from error
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    if version < _MINIMUM:
+        raise ValueError(
+            f"vLLM {vllm.__version__} is too old: at least {_MINIMUM[0]}.{_MINIMUM[1]} is needed; upgrade it"
+        )
+    return vllm
