@@ -468,3 +468,61 @@ def test_config_objects_and_mappings_are_the_same(tmp_path: Path) -> None:
     assert Trainer(
         tiny_llama(), Config(**args), train_dataset=ANSWERS, processing_class=char_tokenizer()
     ).config == Config.from_dict(args)
+
+
+# -- the reference moves, prompts are refilled ----------------------------------------------------------------------------
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_moving_reference_follows_the_policy_and_survives_a_resume(tmp_path: Path, lora: bool) -> None:
+    """TRL 1.16 does not save a synchronised reference: after a resume it restarts from the base."""
+    extra = {
+        "beta": 0.1,
+        "lora": lora,
+        "sync_ref_model": True,
+        "ref_model_mixup_alpha": 1.0,
+        "ref_model_sync_steps": 2,
+        "max_steps": 5,
+    }
+    whole = trainer(tmp_path / "whole", "dpo", PAIRS, **extra)
+    whole.train()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    margins = [abs(row["rewards/margins"]) for row in rows]
+    assert margins[0] < 1e-6, "step 1: the policy is its reference"
+    assert margins[1] > 1e-4
+    assert margins[2] < 1e-6, "step 3: the reference was replaced by the policy"
+    cut = trainer(tmp_path / "cut", "dpo", PAIRS, **extra)
+    cut.callbacks.append(
+        lambda event, t, values: os.kill(os.getpid(), signal.SIGTERM) if event == "step" and t.step == 3 else None
+    )
+    with pytest.raises(Interrupted):
+        cut.train()
+    resumed = trainer(tmp_path / "cut", "dpo", PAIRS, **extra)
+    resumed.train()
+    assert digest(resumed, tmp_path / "cut") == digest(whole, tmp_path / "whole")
+
+
+def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path) -> None:
+    def half(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [
+            len(text) + i % 4 if int(prompt.split("+")[0]) % 2 else 1.0
+            for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
+        ]
+
+    used: list[int] = []
+
+    class Spy(Trainer):
+        def prepare(self, batch: Any) -> Any:
+            used.append(sum(int(batch.rewards[batch.group_ids == g].std() > 0) for g in range(batch.num_groups)))
+            return super().prepare(batch)
+
+    for dynamic, expected in ((False, 6), (True, 12)):
+        used.clear()
+        args = settings(
+            tmp_path / str(dynamic),
+            "dapo",
+            online=True,
+            max_steps=3,
+            per_device_train_batch_size=16,
+            **({"dynamic_sampling": True} if dynamic else {}),
+        )
+        Spy(tiny_llama(), args, train_dataset=PROMPTS, processing_class=char_tokenizer(), reward_funcs=half).train()
+        assert sum(used) == expected, (dynamic, used)

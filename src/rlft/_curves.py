@@ -30,7 +30,9 @@ Series = tuple[list[int], list[float]]
 # Okabe and Ito's colours, told apart by every kind of eyesight; the order is fixed so that a name keeps its colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#332288")
 _INK, _FAINT = "#24292f", "#d9dde3"
-_TITLE = 0.36  # inches
+# In inches: a panel with its labels, what of it the labels take (left, bottom, right, top), and a title.
+_CELL, _MARGINS, _TITLE = (4.1, 2.6), (0.78, 0.5, 0.12, 0.32), 0.36
+DPI = 130
 _SMOOTH_FROM = 30  # shorter curves are shown as they are, with a dot per point
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -100,7 +102,7 @@ PANELS: tuple[Panel, ...] = (
         better="high",
     ),
     _P("Score margin", ("margin", "eval_margin"), "score", better="high"),
-    _P("Loss", ("loss", "eval_loss"), "loss", better="low"),
+    _P("Loss", ("loss", "eval_loss"), "loss"),
     _P("KL to the reference", ("kl", "eval_kl", "objective/kl"), "nats", section="Policy"),
     _P("Entropy", ("entropy",), "nats per token", section="Policy"),
     _P(
@@ -224,13 +226,17 @@ def _figure(count: int, *, title: str, above: float = 0.0) -> tuple[Any, list[An
     matplotlib = _matplotlib()
     columns = _columns(count)
     lines = math.ceil(count / columns)
-    top = _TITLE * bool(title) + above
-    height = 2.55 * lines + top
-    figure = matplotlib.figure.Figure(figsize=(4.1 * columns, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.09, rect=(0, 0, 1, 1 - top / height))
-    axes = [figure.add_subplot(lines, columns, index + 1) for index in range(count)]
+    width, height = _CELL[0] * columns, _CELL[1] * lines + _TITLE * bool(title) + above
+    figure = matplotlib.figure.Figure(figsize=(width, height))
+    # Placed by hand, in inches: an automatic layout draws everything twice, and panels of two figures do not line up.
+    left, bottom, right, top = _MARGINS
+    size = ((_CELL[0] - left - right) / width, (_CELL[1] - bottom - top) / height)
+    axes = []
+    for index in range(count):
+        x, y = _CELL[0] * (index % columns) + left, _CELL[1] * (lines - 1 - index // columns) + bottom
+        axes.append(figure.add_axes((x / width, y / height, *size)))
     if title:
-        figure.text(0.09 / (4.1 * columns), 1 - 0.09 / height, title, fontsize=13, fontweight="bold", va="top")
+        figure.text(0.09 / width, 1 - 0.09 / height, title, fontsize=13, fontweight="bold", va="top")
     return figure, axes
 
 
@@ -243,6 +249,7 @@ def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
     axis.set_title(panel.title, pad=6)
     if panel.unit:
         axis.set_ylabel(panel.unit)
+        axis.yaxis.set_label_coords(-0.155, 0.5)
     if last_line:
         axis.set_xlabel("optimizer step")
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
@@ -378,5 +385,5 @@ def _spread(seeds: Sequence[Rows], key: str, *, plain: bool) -> tuple[_Spread | 
 
 def _png(figure: Any) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

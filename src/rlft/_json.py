@@ -60,7 +60,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def config_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines ``path: old -> new`` for every entry that differs, sorted; empty when equal."""
+    """Lines ``path: old -> new`` for every entry that differs, sorted; empty when equal.
+
+    Args:
+        old: one configuration.
+        new: the other.
+    """
     before, after = _flat(old), _flat(new)
     lines = []
     for path in sorted(before.keys() | after.keys()):

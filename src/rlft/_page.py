@@ -23,21 +23,23 @@ class Table:
         return self.text
 
 
-def number(value: Any) -> str:
-    """Four significant digits, readable at every size."""
+def number(value: Any, digits: int = 4) -> str:
+    """A number with that many significant digits, readable at every size; other things as text."""
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e7):
         return f"{int(value):,}"
-    if abs(value) >= 1e5:
-        return f"{value:.3g}" if abs(value) >= 1e15 else f"{value:,.0f}"
-    return f"{value:.4g}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:.{digits}g}" if abs(value) >= 1e15 else f"{value:,.0f}"
+    return f"{value:.{digits}g}"
 
 
 def make_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> Table:
-    """Cells are text, or (text, is it the best)."""
+    """A table of text cells; a cell may be ``(text, whether it is the best of its column)``."""
     plain = [[cell if isinstance(cell, str) else cell[0] + (" *" if cell[1] else "") for cell in row] for row in body]
     widths = [max(len(row[i]) for row in [list(head), *plain]) for i in range(len(head))]
 
@@ -57,26 +59,18 @@ def make_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> Table:
     return Table(text, f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 
-def flatten(value: Any, path: str = "") -> dict[str, str]:
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, ``lora.r`` -> 16; lists as JSON text."""
     if isinstance(value, Mapping) and value:
-        return {
-            k: v
-            for key, inner in value.items()
-            for k, v in flatten(inner, f"{path}.{key}" if path else str(key)).items()
-        }
-    return {path: value if isinstance(value, str) else json.dumps(value, default=str)}
+        found = [flatten(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()]
+        return {key: inner for one in found for key, inner in one.items()}
+    return {path: json.dumps(value, default=str) if isinstance(value, (list, tuple, dict)) else value}
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    rows = [[key, number(value)] for key, value in _flatten_numbers(values).items()]
+    """Two columns, name and value."""
+    rows = [[key, number(value)] for key, value in flatten(values).items()]
     return make_table(["", ""], rows).html.replace("<table>", "<table class=facts>", 1)
-
-
-def _flatten_numbers(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        found = [_flatten_numbers(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()]
-        return {k: v for one in found for k, v in one.items()}
-    return {path: value}
 
 
 _CSS = """
@@ -103,6 +97,7 @@ details{margin:26px 0 0}summary{font-size:18px;font-weight:600;cursor:pointer;ma
 
 
 def html_page(heading: str, what: str, body: str) -> str:
+    """A page that loads nothing and runs nothing; ``body`` is HTML already."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     name = html.escape(heading)
     return (

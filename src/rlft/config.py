@@ -80,6 +80,11 @@ class Config:
     lora_dropout: float = _doc("Dropout inside the adapters.", 0.0, group="model")
     lora_target_modules: str | list[str] = _doc("`all-linear`, or names of modules.", "all-linear", group="model")
     ref_model: str | None = _doc("Reference model; None: the policy as it was passed.", None, group="model")
+    sync_ref_model: bool = _doc("Move the reference towards the policy as training goes.", False, group="model")
+    ref_model_mixup_alpha: float = _doc(
+        "Share of the policy in each move; 1 replaces the reference.", 0.6, group="model"
+    )
+    ref_model_sync_steps: int = _doc("Optimizer steps between moves.", 512, group="model")
     critic: Literal["shared"] | str | None = _doc(
         "`shared`: value head on the policy; else a model of its own.", None, group="model"
     )
@@ -126,6 +131,10 @@ class Config:
         "Replace a fresh answer by one from the buffer of the same prompt.", 0.0, group="sampling"
     )
     replay_capacity: int = _doc("Answers kept per prompt.", 16, group="sampling")
+    dynamic_sampling: bool = _doc(
+        "Drop prompts whose answers all earn the same, and draw others in their place (DAPO).", False, group="sampling"
+    )
+    max_refills: int = _doc("Further generations that dynamic sampling may take for one batch.", 4, group="sampling")
     mask_truncated_completions: bool = _doc("Leave answers without an end out of the loss.", False, group="sampling")
 
     # -- rewards
@@ -197,6 +206,7 @@ class Config:
         positive = [
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_iterations",
             "num_generations", "max_completion_length", "logging_steps", "lora_r", "replay_capacity", "max_unscored_steps",
+            "ref_model_sync_steps", "max_refills",
         ]  # fmt: skip
         for name in positive:
             self._at_least(name, 1)
@@ -224,7 +234,15 @@ class Config:
             self._number(name, 0.0, math.inf, open_low=True)
         self._number("weight_decay", 0.0, math.inf)
         self._number("top_p", 0.0, 1.0, open_low=True)
-        for name in ("min_p", "lora_dropout", "replay_probability", "max_bad_fraction", "adam_beta1", "adam_beta2"):
+        for name in (
+            "min_p",
+            "lora_dropout",
+            "replay_probability",
+            "max_bad_fraction",
+            "ref_model_mixup_alpha",
+            "adam_beta1",
+            "adam_beta2",
+        ):
             self._number(name, 0.0, 1.0)
         for name in ("beta", "epsilon", "epsilon_high", "max_grad_norm", "reward_timeout", "eval_fraction"):
             if getattr(self, name) is not None:
@@ -275,6 +293,8 @@ class Config:
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
         idle = {
             "use_peft": ["lora_r", "lora_alpha", "lora_dropout"],
+            "sync_ref_model": ["ref_model_mixup_alpha", "ref_model_sync_steps"],
+            "dynamic_sampling": ["max_refills"],
         }
         for switch, names in idle.items():
             for name in names:

@@ -42,17 +42,42 @@ __all__ = [
 
 
 def sequence_sum(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """Sum over a row's unmasked tokens; whatever sits in a masked slot (NaN, inf) is never touched."""
+    """Sum over a row's unmasked tokens; whatever sits in a masked slot (NaN, inf) is never touched.
+
+    Args:
+        values: ``[B, T]`` one number per token.
+        mask: ``[B, T]`` True = a token that counts.
+
+    Returns:
+        ``[B]`` sums, zero for a row without an unmasked token.
+    """
     return values.where(mask, 0.0).sum(-1)
 
 
 def masked_mean(values: Float[Tensor, "..."], mask: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Mean over unmasked entries, zero when there is none."""
+    """Mean over unmasked entries, zero when there is none.
+
+    Args:
+        values: any shape.
+        mask: the same shape, True = an entry that counts.
+
+    Returns:
+        A scalar.
+    """
     return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def segment_sum(values: Float[Tensor, "B ..."], index: Int[Tensor, " B"], size: int) -> Float[Tensor, "G ..."]:
-    """Sum rows that share an index: ``out[g] = sum of values[b] with index[b] == g``."""
+    """Sum rows that share an index: ``out[g] = sum of values[b] with index[b] == g``.
+
+    Args:
+        values: ``[B, ...]`` what to sum.
+        index: ``[B]`` in ``0 .. size - 1``.
+        size: rows of the result, G.
+
+    Returns:
+        ``[G, ...]`` sums, zero where no row has the index.
+    """
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
 
 
@@ -73,7 +98,20 @@ def _known(reduction: str, mask: Tensor, length: int | None) -> None:
 def numerator(
     loss: Float[Tensor, "..."], mask: Bool[Tensor, "..."], reduction: Reduction, *, length: int | None = None
 ) -> Float[Tensor, ""]:
-    """The part of an averaging that carries gradient; additive over micro-batches and processes."""
+    """The part of an averaging that carries gradient; additive over micro-batches and processes.
+
+    Args:
+        loss: ``[N]`` per pair or sequence, or ``[B, T]`` per token.
+        mask: the same shape, True = an entry that counts.
+        reduction: one of :data:`REDUCTIONS`.
+        length: the constant of ``fixed_length``, tokens; None for the others.
+
+    Returns:
+        A scalar with gradient.
+
+    Raises:
+        ValueError: for an unknown averaging, one that does not fit the shape, or a ``length`` that does nothing.
+    """
     _check.same_shape(loss=loss, mask=mask)
     _known(reduction, mask, length)
     kept = loss.where(mask, 0.0)
@@ -83,7 +121,19 @@ def numerator(
 
 
 def denominator(mask: Bool[Tensor, "..."], reduction: Reduction, *, length: int | None = None) -> Float[Tensor, ""]:
-    """The count of an averaging (float64 scalar); additive over micro-batches and processes."""
+    """The count of an averaging; additive over micro-batches and processes.
+
+    Args:
+        mask: ``[N]`` or ``[B, T]`` True = an entry that counts.
+        reduction: one of :data:`REDUCTIONS`.
+        length: the constant of ``fixed_length``, tokens; None for the others.
+
+    Returns:
+        A float64 scalar.
+
+    Raises:
+        ValueError: for an unknown averaging, one that does not fit the shape, or a ``length`` that does nothing.
+    """
     _known(reduction, mask, length)
     if reduction in ("mean", "token_mean"):
         return mask.sum().double()
@@ -94,7 +144,20 @@ def denominator(mask: Bool[Tensor, "..."], reduction: Reduction, *, length: int 
 def average(
     loss: Float[Tensor, "..."], mask: Bool[Tensor, "..."], reduction: Reduction, *, length: int | None = None
 ) -> Float[Tensor, ""]:
-    """``numerator / denominator`` of one batch; zero, with zero gradient, when nothing is unmasked."""
+    """``numerator / denominator`` of one batch; zero, with zero gradient, when nothing is unmasked.
+
+    Args:
+        loss: ``[N]`` per pair or sequence, or ``[B, T]`` per token.
+        mask: the same shape, True = an entry that counts.
+        reduction: one of :data:`REDUCTIONS`.
+        length: the constant of ``fixed_length``, tokens; None for the others.
+
+    Returns:
+        A scalar with gradient, in the dtype of ``loss``.
+
+    Raises:
+        ValueError: for an unknown averaging, one that does not fit the shape, or a ``length`` that does nothing.
+    """
     count = denominator(mask, reduction, length=length).clamp(min=torch.finfo(torch.float64).tiny)
     total = numerator(loss, mask, reduction, length=length)
     return total / torch.where(mask.any(), count, torch.ones_like(count)).to(total.dtype)

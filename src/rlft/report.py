@@ -7,7 +7,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _DEMO = ("eval_reward", "reward", "kl", "entropy", "completions/mean_length", "g
 _LAST = 0.1  # the last tenth of a run is its result
 _HEADLINES = ("eval_reward", "reward", "eval_rewards/accuracies", "rewards/accuracies", "eval_accuracy", "accuracy")
 _HEADLINES_AFTER = ("eval_loss", "loss", "kl", "entropy", "completions/mean_length", "num_tokens")
+_COMPARED = (*_HEADLINES, "kl", "entropy", "completions/mean_length")  # losses of different objectives do not compare
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def comparison_table(
 
     Args:
         runs: as in :func:`plot_curves`.
-        keys: metrics, one column each; default: rewards, accuracies, loss, KL, entropy and length, where logged.
+        keys: metrics, one column each; default: rewards, accuracies, KL, entropy and length, where logged, else losses.
         last: the part of a run that counts as its end, 0 to 1; every value is a mean over it.
 
     Returns:
@@ -131,8 +132,8 @@ def comparison_table(
         raise ValueError(f"last must be in (0, 1], the part of a run that counts as its end, got {last!r}")
     groups = _load_groups(runs)
     logged = _keys(rows for seeds in groups.values() for rows in seeds)
-    wished = [*_HEADLINES, *_HEADLINES_AFTER[:-1]] if keys is None else keys
-    columns = [key for key in wished if key in logged or keys is not None]
+    columns = list(keys) if keys is not None else [key for key in _COMPARED if key in logged]
+    columns = columns or [key for key in ("eval_loss", "loss") if key in logged] or logged[:6]
     means: dict[tuple[str, str], float] = {}
     cells: dict[tuple[str, str], str] = {}
     for name, seeds in groups.items():
@@ -140,8 +141,8 @@ def comparison_table(
             ends = [_result(rows, key, last) for rows in seeds]
             mean = sum(ends) / len(ends)
             means[name, key] = mean
-            spread = f" ({number(min(ends))} to {number(max(ends))})" if len(ends) > 1 and mean == mean else ""
-            cells[name, key] = number(mean) + spread
+            spread = f" ({number(min(ends), 3)} to {number(max(ends), 3)})" if len(ends) > 1 and mean == mean else ""
+            cells[name, key] = number(mean, 3) + spread
     best = {key: _best({name: means[name, key] for name in groups}, key) for key in columns}
     body = [
         [name, str(len(seeds)), *((cells[name, key], best[key] == name) for key in columns)]
@@ -177,7 +178,7 @@ def write_report(
         runs: a run's folder, several, or name -> folders (one per seed). A folder holds ``metrics.jsonl`` and perhaps
             ``config.json`` and ``summary.json`` (its ``data`` entry is shown as the data report).
         out: the page; a folder gets ``report.html``. Default: in the (first) run's folder. The curves are written
-            beside it as PNG, under the same name.
+            beside it as PNG, ``report-learning.png`` and so on.
         title: heading; default: from the configuration or the names.
         extra_tables: heading -> table, shown first.
 
@@ -201,13 +202,16 @@ def write_report(
     only = next(iter(groups.values()))[0]
     parts.append(_tiles(only) if single else "<h2>How they ended</h2>" + comparison_table(named).html)
     parts.append(_remarks(groups))
-    images, picture = _images(groups, single, heading)
-    page.with_suffix(".png").write_bytes(picture)
-    parts += images
+    for section, folded, picture in _pictures(groups, single):
+        page.with_name(f"{page.stem}-{section.lower().replace(' ', '-')}.png").write_bytes(picture)
+        source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+        image = f'<img alt="{section} curves" src="{source}">'
+        parts.append(
+            f"<details><summary>{section}</summary>{image}</details>" if folded else f"<h2>{section}</h2>{image}"
+        )
     if single:
         parts.append("<h2>Every metric</h2>" + _metric_table(only).html)
-    parts += _summaries(folders)
-    parts.append(_configs(configs))
+    parts += _files(folders, configs)
     steps = max(row["step"] for seeds in groups.values() for rows in seeds for row in rows)
     what = f"{len(folders)} run{'s' * (not single)}, {steps:,} steps"
     page.write_text(html_page(heading, what, "\n".join(parts)), encoding="utf-8")
@@ -313,56 +317,57 @@ def _duration(seconds: float) -> str:
     )
 
 
+_LIMITS = (
+    ("completions/clipped_ratio", 0.5, "of the answers end at the length limit, unfinished"),
+    ("frac_reward_zero_std", 0.8, "of the groups have equal rewards and teach nothing"),
+    ("rewards/unscored_fraction", 0.2, "of the answers have no reward"),
+)
+
+
 def _remarks(groups: Mapping[str, Sequence[Rows]]) -> str:
     """What deserves a look: values that are not finite, and known signs of trouble."""
     remarks = []
+    alone = sum(map(len, groups.values())) == 1
+
+    def where(name: str, runs: Sequence[int]) -> str:
+        return "" if alone else f"{name}, run{'s' * (len(runs) > 1)} {', '.join(str(run + 1) for run in runs)}: "
+
     for name, seeds in groups.items():
-        for index, rows in enumerate(seeds):
-            where = "" if len(groups) == 1 and len(seeds) == 1 else f"{name}, run {index + 1}: "
-            for key in _keys([rows]):
-                steps, values = series(rows, key)
-                bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
-                if bad:
-                    remarks.append(
-                        f"{where}{key} was not finite at {len(bad)} of {len(steps)} points, first at step {bad[0]}."
-                    )
-            for key, limit, text in (
-                ("completions/clipped_ratio", 0.5, "of the answers end at the length limit, unfinished"),
-                ("frac_reward_zero_std", 0.8, "of the groups have equal rewards and teach nothing"),
-                ("rewards/unscored_fraction", 0.2, "of the answers have no reward"),
-            ):
-                end = _result(rows, key)
-                if end > limit:
-                    remarks.append(f"{where}{end:.0%} {text} ({key}).")
+        for key in _keys(seeds):
+            bad = {
+                run: [s for s, v in zip(*series(rows, key), strict=True) if v - v != 0]
+                for run, rows in enumerate(seeds)
+            }
+            bad = {run: steps for run, steps in bad.items() if steps}
+            if bad:
+                count, first = sum(map(len, bad.values())), min(map(min, bad.values()))
+                points = f"{count} point{'s' * (count > 1)}"
+                remarks.append(f"{where(name, list(bad))}{key} was not finite at {points}, first at step {first}.")
+        for key, limit, text in _LIMITS:
+            ends = {run: _result(rows, key) for run, rows in enumerate(seeds)}
+            over = {run: end for run, end in ends.items() if end > limit}
+            if over:
+                upto = "up to " * (len(over) > 1)
+                remarks.append(f"{where(name, list(over))}{upto}{max(over.values()):.0%} {text} ({key}).")
     if not remarks:
         return ""
     more = f"<li>and {len(remarks) - 12} more</li>" if len(remarks) > 12 else ""
-    return (
-        "<h2>Look at this</h2><ul class=remarks>"
-        + "".join(f"<li>{html.escape(r)}</li>" for r in remarks[:12])
-        + more
-        + "</ul>"
-    )
+    items = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks[:12])
+    return f"<h2>Look at this</h2><ul class=remarks>{items}{more}</ul>"
 
 
-def _images(groups: Mapping[str, Sequence[Rows]], single: bool, heading: str) -> tuple[list[str], bytes]:
-    """The curves, a section each, as tags; and all known ones in one PNG."""
+def _pictures(groups: Mapping[str, Sequence[Rows]], single: bool) -> Iterator[tuple[str, bool, bytes]]:
+    """Section, whether it is folded away at first, and its curves as PNG."""
     keys = _keys(rows for seeds in groups.values() for rows in seeds)
     known = present(PANELS, keys)
     more = leftover_panels(known, keys)
-    only = next(iter(groups.values()))[0]
-
-    def draw(panels: Sequence[Panel], title: str = "") -> bytes:
-        return draw_run(only, panels, title=title) if single else draw_groups(groups, per_key(panels), title=title)
-
-    tags = []
     for section in dict.fromkeys(panel.section for panel in [*known, *more]):
-        picture = base64.b64encode(draw([p for p in [*known, *more] if p.section == section])).decode("ascii")
-        name = html.escape(section)
-        image = f'<img alt="{name} curves" src="data:image/png;base64,{picture}">'
-        rare = bool(more) and section == more[0].section
-        tags.append(f"<details><summary>{name}</summary>{image}</details>" if rare else f"<h2>{name}</h2>{image}")
-    return tags, draw(known or more, heading)
+        panels = [panel for panel in [*known, *more] if panel.section == section]
+        if single:
+            picture = draw_run(next(iter(groups.values()))[0], panels)
+        else:
+            picture = draw_groups(groups, per_key(panels))
+        yield html.escape(section), bool(known) and panels[0] in more, picture
 
 
 def _metric_table(rows: Rows) -> Table:
@@ -376,33 +381,36 @@ def _metric_table(rows: Rows) -> Table:
     return make_table(["metric", "first", "mean of last 10%", "lowest @ step", "highest @ step", "points"], body)
 
 
-def _summaries(folders: Sequence[Path]) -> list[str]:
-    parts = []
-    for folder in folders:
-        summary = redact(_read_json(folder, "summary.json"))
-        if not isinstance(summary, dict) or not summary:
-            continue
-        of = "" if len(folders) == 1 else f" of {html.escape(folder.name)}"
-        data = summary.pop("data", None)
-        if summary:
-            parts.append(f"<h2>Summary{of}</h2>" + facts(summary))
-        if data:
-            parts.append(f"<h2>Data{of}</h2>" + facts(data if isinstance(data, Mapping) else {"report": data}))
-    return parts
+def _files(folders: Sequence[Path], configs: Mapping[str, Any]) -> list[str]:
+    """Summary, data report and configuration, of several runs beside each other."""
+    summaries = {str(folder): redact(_read_json(folder, "summary.json")) for folder in folders}
+    summaries = {name: value for name, value in summaries.items() if isinstance(value, dict)}
+    data = {name: value["data"] for name, value in summaries.items() if value.get("data")}
+    rest = {name: {k: v for k, v in value.items() if k != "data"} for name, value in summaries.items()}
+    known = {name: redact(config) for name, config in configs.items() if config}
+    return [
+        _beside("Summary", {name: value for name, value in rest.items() if value}),
+        _beside("Data", data),
+        _beside("Settings", known, folded=True),
+    ]
 
 
-def _configs(configs: Mapping[str, Any]) -> str:
-    """The configuration; of several runs, what differs first."""
-    flat = {name: flatten(redact(config)) for name, config in configs.items() if config is not None}
+def _beside(title: str, values: Mapping[str, Any], *, folded: bool = False) -> str:
+    """Facts that all runs share, once; those that differ, a line per run."""
+    flat = {Path(name).name: flatten(value) for name, value in values.items()}
     if not flat:
         return ""
-    keys = sorted({key for one in flat.values() for key in one})
-    if len(flat) == 1:
-        (one,) = flat.values()
-        return "<details><summary>Configuration</summary>" + facts(one) + "</details>"
-    differing = [key for key in keys if len({one.get(key, "") for one in flat.values()}) > 1]
-    names = [Path(name).name for name in flat]
-    rows = [[key, *(one.get(key, "") for one in flat.values())] for key in differing]
-    common = {key: next(iter(flat.values())).get(key, "") for key in keys if key not in differing}
-    differs = "<h2>Settings that differ</h2>" + make_table(["", *names], rows).html if differing else ""
-    return differs + "<details><summary>Settings in common</summary>" + facts(common) + "</details>"
+    keys = list(dict.fromkeys(key for one in flat.values() for key in one))
+    differing = [key for key in keys if len({repr(one.get(key)) for one in flat.values()}) > 1]
+    shared = {key: value for key, value in next(iter(flat.values())).items() if key not in differing}
+    parts = []
+    if differing:
+        rows = [[name, *(number(one[key]) if key in one else "" for key in differing)] for name, one in flat.items()]
+        parts.append(
+            f"<h2>{title} that differ{'s' * (not title.endswith('s'))}</h2>" + make_table(["", *differing], rows).html
+        )
+    if shared and folded:
+        parts.append(f"<details><summary>{title}{' in common' * bool(differing)}</summary>{facts(shared)}</details>")
+    elif shared:
+        parts.append(f"<h2>{title}</h2>" + facts(shared))
+    return "".join(parts)

@@ -18,7 +18,7 @@ from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.source import OfflineSource, OnlineSource, Source
+from rlft.source import OfflineSource, OnlineSource, Refill, Source
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = ["Parts", "Plan", "build", "objective", "source"]
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
     "num_iterations", "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions",
+    "dynamic_sampling",
 )  # fmt: skip
 
 
@@ -191,6 +192,9 @@ def _check_settings(config: Config, objective: Objective, *, online: bool) -> No
         raise ConfigError(
             f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); drop ref_model"
         )
+    if config.sync_ref_model and (not objective.needs_reference or config.ref_model is not None):
+        why = "is a model of its own" if config.ref_model is not None else "is not there"
+        raise ConfigError(f"sync_ref_model does nothing: the reference of objective {objective.name!r} {why}; drop it")
     if not objective.needs_critic and config.critic is not None:
         raise ConfigError(
             f"critic={config.critic!r} does nothing: objective {objective.name!r} has no values; drop critic"
@@ -340,6 +344,7 @@ def source(trainer: Trainer) -> Source:
             lambda batch: batch.split_groups(p.groups_per_step),
             split,
             c.num_iterations,
+            refill=Refill(p.draws, c.max_refills) if c.dynamic_sampling else None,
         )
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
     return OfflineSource(
@@ -491,7 +496,7 @@ def _reference(config: Config, given: Any, objective: Objective) -> Any:
         return "none"
     target = given if given is not None else config.ref_model
     if target is None:
-        return "auto"
+        return "copy" if config.sync_ref_model else "auto"
     from rlft.models import load_causal_lm
 
     return (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rlft.types import Batch
 
-__all__ = ["OfflineSource", "OnlineSource", "Source"]
+__all__ = ["OfflineSource", "OnlineSource", "Refill", "Source"]
 
 
 class Source(Protocol):
@@ -52,6 +54,22 @@ class OfflineSource:
         self.order.load_state_dict(record["order"])
 
 
+@dataclass(frozen=True, slots=True)
+class Refill:
+    """Dynamic sampling: keep drawing until enough prompts have answers that earn differently.
+
+    Attributes:
+        prompts: how many such prompts a generation must hold.
+        tries: generations that may be added; what is missing then is filled with the prompts that were dropped.
+
+    References:
+        Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2.
+    """
+
+    prompts: int
+    tries: int
+
+
 class OnlineSource:
     """Answers sampled from the policy: one generation feeds ``updates`` optimizer steps, ``iterations`` times.
 
@@ -65,6 +83,7 @@ class OnlineSource:
         cut: Batch -> one Batch per optimizer step.
         split: Batch -> micro-batches.
         iterations: passes over one generation.
+        refill: dynamic sampling, or None.
     """
 
     def __init__(
@@ -75,16 +94,30 @@ class OnlineSource:
         cut: Callable[[Batch], list[Batch]],
         split: Callable[[Batch], list[Batch]],
         iterations: int,
+        refill: Refill | None = None,
     ) -> None:
         self.order, self.rollout, self.prepare, self.cut, self.split = order, rollout, prepare, cut, split
-        self.iterations = iterations
+        self.iterations, self.refill = iterations, refill
         self.queue: list[Batch] = []
 
     def next(self, step: int) -> list[Batch]:
         if not self.queue:
-            batch = self.prepare(self.rollout(next(self.order), step))
+            batch = self.prepare(self._generate(step))
             self.queue = self.cut(batch) * self.iterations
         return self.split(self.queue.pop(0))
+
+    def _generate(self, step: int) -> Batch:
+        batch = self.rollout(next(self.order), step)
+        if self.refill is None:
+            return batch
+        useful, flat = _by_spread(batch)
+        for _ in range(self.refill.tries):
+            if sum(b.num_groups for b in useful) >= self.refill.prompts:
+                break
+            more, less = _by_spread(self.rollout(next(self.order), step))
+            useful, flat = useful + more, flat + less
+        kept = Batch.concat([*useful, *flat])
+        return kept.split_groups(self.refill.prompts)[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{i}/{name}": t for i, batch in enumerate(self.queue) for name, t in batch.tensors().items()}
@@ -98,3 +131,15 @@ class OnlineSource:
             self.queue.append(
                 Batch.from_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             )
+
+
+def _by_spread(batch: Batch) -> tuple[list[Batch], list[Batch]]:
+    """Groups whose scored rewards differ, and the others; one batch each (an empty list where there is none)."""
+    assert batch.rewards is not None
+    useful, flat = [], []
+    for group in range(batch.num_groups):
+        rows = (batch.group_ids == group).nonzero()[:, 0]
+        scored = batch.rewards[rows]
+        scored = scored[~torch.isnan(scored)]
+        (useful if scored.numel() > 1 and bool((scored != scored[0]).any()) else flat).append(rows)
+    return ([batch.select(torch.cat(useful))] if useful else []), ([batch.select(torch.cat(flat))] if flat else [])

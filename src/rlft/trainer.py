@@ -182,6 +182,8 @@ class Trainer:
         started = time.perf_counter()
         values = self.train_step()
         self.step += 1
+        if self.config.sync_ref_model and self.step % self.config.ref_model_sync_steps == 0:
+            self.policy.update_reference(self.config.ref_model_mixup_alpha)
         values |= {"step_time": time.perf_counter() - started, "num_tokens": float(self.tokens_seen)}
         if self.step % self.config.logging_steps == 0 or self.step == self.plan.total_steps:
             values = self._flush_metrics() | values
@@ -246,7 +248,15 @@ class Trainer:
         return loss
 
     def forward(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
-        """The model's outputs on a batch, by name; through the module that accelerate wrapped."""
+        """The model's outputs on a batch, through the module that accelerate wrapped.
+
+        Args:
+            batch: a micro-batch on this device.
+            want: which outputs, see :class:`rlft.models.Policy`.
+
+        Returns:
+            ``[B, T]`` tensors by name (``scores [B]`` from a reward model).
+        """
         if "scores" in self.objective.needs:
             return self.model(batch, want=want | {"scores"})
         return self.model(batch, want=want, temperature=self.scoring_temperature)
@@ -321,7 +331,16 @@ class Trainer:
     def score(
         self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]
     ) -> Any:
-        """Rewards of sampled answers; one entry per completion. See :class:`rlft.rewards.RewardSet`."""
+        """Rewards of sampled answers.
+
+        Args:
+            examples: the example that each answer belongs to.
+            completions: text, or one assistant message in a list for conversational prompts.
+            completion_ids: the sampled ids.
+
+        Returns:
+            A :class:`rlft.rewards.RewardOutput`, one row per completion.
+        """
         from rlft import online
 
         return online.score(self, examples, completions, completion_ids)
@@ -337,7 +356,12 @@ class Trainer:
         return evaluate.run(self, eval_dataset)
 
     def log(self, values: dict[str, float], log: MetricsLog) -> None:
-        """One line in metrics.jsonl, and to the trackers."""
+        """One line in metrics.jsonl, and to the trackers.
+
+        Args:
+            values: metric name -> number.
+            log: the run's metrics.jsonl.
+        """
         if self.is_main:
             log.write(self.step, values)
         self.accelerator.log({k: v for k, v in values.items() if _finite(v)}, step=self.step)

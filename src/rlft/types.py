@@ -172,7 +172,12 @@ class Batch:
     def split(self, max_rows: int, *, keep_groups: bool = True) -> list[Batch]:
         """Micro-batches of at most ``max_rows`` rows.
 
-        With ``keep_groups`` a group is never split (one that is larger than ``max_rows`` is a micro-batch by itself).
+        Args:
+            max_rows: rows of a micro-batch.
+            keep_groups: never split a group; one that is larger than ``max_rows`` is a micro-batch by itself.
+
+        Returns:
+            Batches that hold every row once.
         """
         if not keep_groups:
             return [self.select(rows) for rows in torch.arange(self.num_rows).split(max_rows)]
@@ -198,7 +203,15 @@ class Batch:
 
     @staticmethod
     def concat(batches: list[Batch], *, pad_id: int = 0) -> Batch:
-        """Stack batches; group ids are renumbered, rows and prompts padded to the widest."""
+        """Stack batches; group ids are renumbered, rows and prompts padded to the widest.
+
+        Args:
+            batches: at least one; all carry the same tensors.
+            pad_id: token id in padded places.
+
+        Raises:
+            ValueError: for an empty list, or batches that carry different tensors.
+        """
         if not batches:
             raise ValueError("concat needs at least one batch, got an empty list")
         width = max(b.completion_ids.shape[1] for b in batches)

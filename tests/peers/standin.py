@@ -158,26 +158,19 @@ def grpo(
     max_completion_length: int = 10,
     use_bias_correction_kl: bool = False,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
-    vespo: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0),
-    off_policy_mask_threshold: float | None = None,
-    entropies: Tensor | None = None,
-    entropy_coef: float = 0.0,
+    generation_tokens: int | None = None,
+    steps_per_generation: int = 1,
     metrics: dict[str, Any] | None = None,
 ) -> Tensor:
     """``GRPOTrainer._compute_loss`` without gradient accumulation."""
-    k_pos, lambda_pos, k_neg, lambda_neg = vespo
     args = SimpleNamespace(
         delta=delta,
         use_bias_correction_kl=use_bias_correction_kl,
         sapo_temperature_pos=sapo_temperatures[0],
         sapo_temperature_neg=sapo_temperatures[1],
-        vespo_k_pos=k_pos,
-        vespo_lambda_pos=lambda_pos,
-        vespo_k_neg=k_neg,
-        vespo_lambda_neg=lambda_neg,
-        steps_per_generation=1,
+        steps_per_generation=steps_per_generation,
     )
-    entropy = torch.zeros_like(logps.detach()) if entropies is None else entropies
+    entropy = torch.zeros_like(logps.detach())
     me = trainer(
         loss_type=loss_type,
         importance_sampling_level=level,
@@ -187,18 +180,15 @@ def grpo(
         args=args,
         max_completion_length=max_completion_length,
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=off_policy_mask_threshold,
+        off_policy_mask_threshold=None,
         use_vllm=False,
         vllm_importance_sampling_correction=False,
         current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=entropy_coef != 0.0,
-        use_adaptive_entropy=False,
-        entropy_coef=entropy_coef,
-        get_gamma_weights=GRPOTrainer.get_gamma_weights,
-        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        _entropy_bonus_enabled=False,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps.where(mask, 0.0), entropy, None),
     )
-    inputs = _rollout_inputs(mask) | {"advantages": advantages, "num_items_in_batch": mask.sum()}
+    tokens = mask.sum() if generation_tokens is None else torch.tensor(generation_tokens)
+    inputs = _rollout_inputs(mask) | {"advantages": advantages, "num_items_in_batch": tokens}
     if old_logps is not None:
         inputs["old_per_token_logps"] = old_logps.where(mask, 0.0)
     if ref_logps is not None:

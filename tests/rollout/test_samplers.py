@@ -297,3 +297,12 @@ def test_a_broken_model_is_named(kind):
         model.lm_head.weight[7] = float("nan")
     with pytest.raises(ValueError, match="have no finite maximum"):
         make(kind, model).sample(PROMPTS, 1, SamplingParams(5), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "builtin"])
+def test_sharded_weights_are_refused(kind):
+    """Each process would run another number of forward passes, and sharded ones wait for each other: a hang."""
+    model = tiny.tiny_llama()
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves of a parameter
+    with pytest.raises(ValueError, match=r"'model.norm.weight' is sharded over processes"):
+        make(kind, model).sample(PROMPTS, 1, SamplingParams(5), seed=0)

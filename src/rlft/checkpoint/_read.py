@@ -189,7 +189,15 @@ def find_latest(run_dir: str | Path) -> Path | None:
 
 
 def load_latest(run_dir: str | Path, *, rank: int = 0) -> Checkpoint | None:
-    """:func:`load` of :func:`find_latest`, hashing every file once."""
+    """:func:`load` of :func:`find_latest`, hashing every file once.
+
+    Args:
+        run_dir: folder of the run.
+        rank: whose view to load, see :func:`load`.
+
+    Returns:
+        The newest whole checkpoint, or None.
+    """
     for path, manifest in _sound(Path(run_dir)):
         return _read(path, manifest, rank, None)
     return None

@@ -89,6 +89,10 @@ def _newest_verified(sound: list[Path]) -> str:
 def discard_newer(run_dir: str | Path, step: int) -> list[Path]:
     """Delete the checkpoints after ``step``, sound or not: what a resume from ``step`` is about to write anew.
 
+    Args:
+        run_dir: folder of the run.
+        step: the last one to keep.
+
     Returns:
         The deleted folders.
     """

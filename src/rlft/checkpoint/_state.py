@@ -78,6 +78,10 @@ def _numpy_state() -> dict[str, Any]:
 def set_rng_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Inverse of :func:`rng_state`. Everything is checked before anything is set.
 
+    Args:
+        tensors: what :func:`rng_state` gave.
+        record: what it gave beside them.
+
     Raises:
         CheckpointError: when a state is missing or of the wrong form.
     """
@@ -186,6 +190,12 @@ def optimizer_from_tensors(
     """Inverse of :func:`optimizer_to_tensors`, in place. Dtypes come back as they were, values bit for bit.
 
     Everything is checked before anything is changed.
+
+    Args:
+        optimizer: a fresh one over the same parameters.
+        names: of its parameters, in its order.
+        tensors: what :func:`optimizer_to_tensors` gave.
+        record: what it gave beside them.
 
     Raises:
         ValueError: when names do not match the parameters.

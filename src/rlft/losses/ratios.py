@@ -218,7 +218,7 @@ def sapo(
     logps, old_logps = _base.token_logps(mask, logps=logps, old_logps=old_logps)
     advantages = _base.advantage_tokens(advantages, logps, mask)
     log_ratio = logps - old_logps
-    tau = torch.where(advantages > 0, temperature_positive, temperature_negative).to(logps.dtype)
+    tau = torch.full_like(logps, temperature_positive).where(advantages > 0, temperature_negative)
     gate = (tau * (safe_ratio(log_ratio) - 1)).sigmoid() * 4 / tau
     metrics = {"policy/approxkl": 0.5 * log_ratio.detach().square()}
     return LossOutput(loss=-gate * advantages, metrics=metrics, reduction="sequence_mean", mask=mask)

@@ -55,9 +55,9 @@ def ld_dpo(
     member = mask.any(-1) & mask.any(-1)[other]
     mask = mask & member.unsqueeze(-1)
     shared = torch.minimum(mask.sum(-1), mask.sum(-1)[other]).unsqueeze(-1)
-    weights = torch.where(mask.cumsum(-1) <= shared, 1.0, ld_alpha).to(logps.dtype)
+    weights = torch.ones_like(logps).where(mask.cumsum(-1) <= shared, ld_alpha)
     reward = beta * reduce.sequence_sum(weights * (logps - ref_logps), mask)
-    sign = torch.where(is_chosen, 1.0, -1.0).to(logps.dtype)
+    sign = torch.ones_like(reward).where(is_chosen, -1.0)
     margin = sign * (reward - reward[other])
     loss = _base.smoothed_logistic(margin, label_smoothing).where(member, 0.0)
     nan = torch.full_like(reward.detach(), torch.nan)

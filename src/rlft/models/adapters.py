@@ -30,7 +30,8 @@ def active_adapter(model: Any) -> str:
         ValueError: when none or several are.
     """
     given: Any = model.active_adapters
-    names: list[str] = list(given()) if callable(given) else list(given)
+    found: Any = given() if callable(given) else given
+    names: list[str] = list(found)
     if len(names) != 1:
         raise ValueError(
             f"a policy needs exactly one active adapter, got {names or 'none'}; call model.set_adapter(name) first"

@@ -130,7 +130,15 @@ def load_sequence_classifier(
     """A sequence classifier with one output (a reward model), for training or for scoring.
 
     From a language model's weights it gets a new, random score head; that is remembered, and the model is refused for
-    scoring until it has been trained. See :func:`load_causal_lm` for the arguments.
+    scoring until it has been trained.
+
+    Args:
+        source, dtype, revision, trust_remote_code, attn_implementation: as for :func:`load_causal_lm`.
+        load_in_4bit, load_in_8bit, quantization_config: the same.
+        seed: of the new score head.
+
+    Returns:
+        A ``PreTrainedModel`` (or ``PeftModel``) in eval mode.
 
     Raises:
         ValueError: when the source is unclear, unsafe or incomplete, or has several outputs.

@@ -40,8 +40,8 @@ class Policy(TrainableModule):
     Args:
         model: a transformers causal language model, or a PeftModel around one.
         reference: ``"auto"`` is the policy as passed: adapter switched off when it is fresh, a frozen copy of it when
-            it is trained, a frozen copy of the model when the model itself trains. ``"none"``: no reference. Or a
-            frozen model over the same vocabulary.
+            it is trained, a frozen copy of the model when the model itself trains. ``"copy"``: the same, but always
+            a copy, which :meth:`update_reference` can move. ``"none"``: no reference. Or a frozen model over the same vocabulary.
         critic: ``"none"``; ``"shared"``, a value head on the policy's last hidden state (its loss trains the trunk as
             well); or a model that becomes a critic of its own.
         dropout: keep the model's dropout while training.
@@ -125,7 +125,15 @@ class Policy(TrainableModule):
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
-        """The reference's log-prob of each completion token, without gradient."""
+        """The reference's log-prob of each completion token, without gradient.
+
+        Args:
+            batch: prompts and completions.
+            temperature: divides the logits, > 0.
+
+        Returns:
+            ``[B, T]``, zero outside ``completion_mask``.
+        """
         return Policy.forward(self, batch, want=frozenset({"ref_logps"}), temperature=temperature)["ref_logps"]
 
     def _check_want(self, want: frozenset[str]) -> frozenset[str]:

@@ -67,7 +67,7 @@ class Reference:
             why = {
                 "none": "there is no reference; construct the Policy with reference='auto'",
                 "adapter_off": "it is the base model without adapter, which has no tensors of its own to move; "
-                "pass a PeftModel whose adapter is trained, or reference=copy.deepcopy(model) updated by yourself",
+                "construct the Policy with reference='copy'",
                 "model": "it is a model of yours; update it yourself, or use reference='auto' for a copy that moves",
             }
             raise ValueError(f"the reference ({self.kind}) cannot be updated: {why[self.kind]}")
@@ -130,7 +130,8 @@ def make_reference(model: nn.Module, reference: str | nn.Module) -> Reference:
 
     Args:
         model: the policy's model.
-        reference: ``"auto"``, ``"none"`` or a model.
+        reference: ``"auto"``, ``"copy"`` (as ``auto``, but always with tensors of its own, so that it can be moved),
+            ``"none"`` or a model.
 
     Raises:
         ValueError: when the passed model is the policy itself, shares modules with it, is not frozen or scores another
@@ -141,13 +142,13 @@ def make_reference(model: nn.Module, reference: str | nn.Module) -> Reference:
         return Reference("model", model=reference)
     if reference == "none":
         return Reference("none")
-    if reference != "auto":
-        raise ValueError(f"reference must be 'auto', 'none' or a model, got {reference!r}; load the model first")
+    if reference not in ("auto", "copy"):
+        raise ValueError(f"reference must be 'auto', 'copy', 'none' or a model, got {reference!r}; load the model first")
     if adapters.is_peft(model):
         name = adapters.active_adapter(model)
         own = {id(p) for p in adapters.adapter_parameters(model, name).values()}
         if not any(p.requires_grad and id(p) not in own for p in model.parameters()):
-            if adapters.adapter_is_identity(model, name):
+            if reference == "auto" and adapters.adapter_is_identity(model, name):
                 return Reference("adapter_off", policy=model)
             return Reference("adapter_copy", policy=model, names=adapters.copy_adapter(model, name))
         # Something of the base model trains as well: switching the adapter off would not give it back.

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["MAX_CHARS", "Answer", "Items", "Number", "extract_answer", "parse_answer", "same_answer"]
+__all__ = ["MAX_CHARS", "Answer", "Items", "Number", "clean", "extract_answer", "parse_answer", "same_answer"]
 
 MAX_CHARS = 1000
 """An answer longer than this is not read."""
@@ -83,7 +83,8 @@ _REWRITES = tuple(
 )
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Without markup that does not change the value: spacing commands, dollar signs, text boxes, bold, a final full stop."""
     text = text.strip().strip("*_`\"'").translate(_CHARACTERS)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
@@ -301,7 +302,7 @@ def parse_answer(text: str, *, percent_is_ratio: bool = True) -> Answer | None:
     """
     if not isinstance(text, str) or len(text) > MAX_CHARS:
         return None
-    cleaned = _clean(text)
+    cleaned = clean(text)
     if len(cleaned) > 2 * MAX_CHARS:
         return None
     if "=" in cleaned:

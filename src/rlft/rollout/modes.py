@@ -60,7 +60,17 @@ def sampling_mode(model: torch.nn.Module) -> Iterator[None]:
     """No dropout and no gradient inside; each module's own training flag is restored after, whatever happens.
 
     Evaluation mode also keeps gradient checkpointing, which forbids a KV cache, out of the way.
+
+    Raises:
+        ValueError: when the weights are sharded over processes. Rows end at different times on each, so forward passes
+            that wait for one another would hang.
     """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
+            raise ValueError(
+                f"parameter {name!r} is sharded over processes (FSDP or ZeRO-3), and sampling needs whole weights on "
+                f"each: gather them first, use DDP, or sampler='vllm'"
+            )
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -24,7 +24,15 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class ReplayItem:
-    """One scored answer of an earlier policy: tokens and reward, never advantages (those belong to a group)."""
+    """One scored answer of an earlier policy: tokens and reward, never advantages (those belong to a group).
+
+    Attributes:
+        completion_ids: the sampled ids.
+        logps: one per id, under the policy that sampled.
+        reward: finite.
+        finished: whether it ended by itself.
+        weight_version: which weights sampled.
+    """
 
     completion_ids: tuple[int, ...]
     logps: tuple[float, ...]

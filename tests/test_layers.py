@@ -1,0 +1,219 @@
+"""The house keeps its shape: imports point down, the core is light, and nothing runs what it reads.
+
+The table below is the one of docs/design.md; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "rlft"
+
+#: Layer -> modules and packages of rlft. A module imports from its own layer and from lower ones, never from a higher one.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files"),
+    "L1": ("types", "kl", "advantages"),
+    "L2": ("losses", "ops", "worlds"),
+    "L3": ("_terms", "objective", "recipes", "catalogue"),
+    "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
+    "L5": ("rollout",),
+    "L6": ("_curves", "_page", "_state", "display", "doctor", "evaluate", "online", "report", "setup", "trainer"),
+    "L7": ("cli", "demo"),
+}  # fmt: skip
+#: The pure core imports these and the standard library, at any depth of a function.
+CORE = ("L0", "L1", "L2", "L3")
+CORE_PACKAGES = {"torch", "jaxtyping"}
+#: What the core may import inside a function that shows a table, and nowhere else.
+SHOWS = {"catalogue": {"rich"}}
+#: The parts that a script may well want without paying for transformers.
+LIGHT = ["rlft", "rlft.config", "rlft.rewards", "rlft.checkpoint", "rlft.metrics", "rlft.cli", "rlft.trainer"]
+HEAVY = ("transformers", "peft", "accelerate", "datasets", "matplotlib", "vllm", "trl")
+
+RANK = {unit: int(layer[1:]) for layer, units in LAYERS.items() for unit in units}
+FILES = sorted(SOURCE.rglob("*.py"))
+INNER = [path for path in FILES if path != SOURCE / "__init__.py"]  # the package's own front door is above the layers
+
+
+def unit_of(path: Path) -> str:
+    """The module or package of rlft that a file belongs to."""
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def imports(source: str) -> Iterator[tuple[str, int, bool]]:
+    """Every imported module (``rlft.x`` for ``from rlft import x``), its line, and whether it is at module level."""
+    tree = ast.parse(source)
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, id(node) not in lazy
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the layer; write it out"
+            names = [node.module or ""] if node.module != "rlft" else [f"rlft.{alias.name}" for alias in node.names]
+            for name in names:
+                yield name, node.lineno, id(node) not in lazy
+
+
+def own(name: str) -> str | None:
+    """The unit behind an imported name of rlft; the package itself counts as none."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "rlft" and len(parts) > 1 and parts[1] in RANK else None
+
+
+def upward(path: Path, source: str) -> list[str]:
+    unit = unit_of(path)
+    return [
+        f"{unit} (L{RANK[unit]}), line {line}: imports {name} (L{RANK[target]})"
+        for name, line, _ in imports(source)
+        if (target := own(name)) is not None and RANK[target] > RANK[unit]
+    ]
+
+
+def test_every_module_has_a_layer() -> None:
+    present = {unit_of(path) for path in FILES} - {"__init__"}
+    assert present == set(RANK), "put the new module into LAYERS above and into docs/design.md"
+
+
+def test_imports_point_down() -> None:
+    assert not [found for path in INNER for found in upward(path, text_of(path))]
+
+
+def test_an_upward_import_is_seen() -> None:
+    for line in ("from rlft.trainer import Trainer", "import rlft.trainer", "def f():\n    from rlft import trainer"):
+        assert upward(SOURCE / "losses" / "dpo.py", line)
+    assert not upward(SOURCE / "trainer.py", "from rlft.losses import dpo")
+    assert not upward(SOURCE / "display.py", "if TYPE_CHECKING:\n    from rlft.cli import main")
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """At module level; a function may look back within its layer."""
+    edges: dict[str, set[str]] = {unit: set() for unit in RANK}
+    for path in INNER:
+        unit = unit_of(path)
+        for name, _, at_top in imports(text_of(path)):
+            target = own(name)
+            if at_top and target is not None and target != unit:
+                edges[unit].add(target)
+    done: set[str] = set()
+
+    def visit(unit: str, path: tuple[str, ...]) -> None:
+        assert unit not in path, " -> ".join([*path[path.index(unit) :], unit])
+        if unit not in done:
+            for target in sorted(edges[unit]):
+                visit(target, (*path, unit))
+            done.add(unit)
+
+    for unit in edges:
+        visit(unit, ())
+
+
+def heavy_in_core(path: Path, source: str) -> list[str]:
+    unit = unit_of(path)
+    if f"L{RANK[unit]}" not in CORE:
+        return []
+    allowed = CORE_PACKAGES | {"rlft"} | set(sys.stdlib_module_names)
+    found = []
+    for name, line, at_top in imports(source):
+        package = name.split(".")[0]
+        if package not in allowed and (at_top or package not in SHOWS.get(unit, set())):
+            found.append(f"{path.name}, line {line}: {name}; the core imports torch and jaxtyping alone")
+    return found
+
+
+def test_the_core_needs_torch_alone() -> None:
+    assert not [found for path in INNER for found in heavy_in_core(path, text_of(path))]
+    assert heavy_in_core(SOURCE / "losses" / "dpo.py", "def f():\n    import transformers")
+    assert heavy_in_core(SOURCE / "catalogue.py", "import rich")
+    assert not heavy_in_core(SOURCE / "catalogue.py", "def show():\n    import rich")
+
+
+def test_importing_rlft_loads_no_heavy_package() -> None:
+    code = f"""
+import importlib, sys
+for name in {LIGHT!r}:
+    importlib.import_module(name)
+    loaded = [package for package in {HEAVY!r} if package in sys.modules]
+    assert not loaded, f"{{name}} loads {{loaded}}"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+# -- what the source must not hold ---------------------------------------------------------------------------------
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def dangers(source: str) -> list[str]:
+    """Ways to run what a file, a model or a config says: unpickling, eval, code from a repository."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"imports {name}" for name in names if name.split(".")[0] in UNPICKLERS]
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in CALLS:
+            found.append(f"calls {node.func.id}")
+        called = ast.unparse(node.func)
+        if called in {"torch.load", "torch.save", "os.system"} or called.endswith((".read_pickle", ".unsafe_load")):
+            found.append(f"calls {called}")
+        for keyword in node.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            if (keyword.arg, value) in {
+                ("weights_only", False), ("trust_remote_code", True), ("allow_pickle", True), ("shell", True),
+            }:  # fmt: skip
+                found.append(f"passes {keyword.arg}={value}")
+    return found
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    assert not [f"{path.relative_to(SOURCE)} {what}" for path in FILES for what in dangers(text_of(path))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from pickle import loads", "torch.load(f)", "eval(x)", "exec(x)", "f(weights_only=False)",
+     "load(x, trust_remote_code=True)", "numpy.load(f, allow_pickle=True)", "run(x, shell=True)", "__import__(x)"],
+)  # fmt: skip
+def test_the_scan_sees(line: str) -> None:
+    assert dangers(line)
+
+
+def test_the_scan_lets_be() -> None:
+    assert not dangers("model.eval()\nre.compile(x)\nload(x, trust_remote_code=config.trust_remote_code)\n'eval(x)'")
+
+
+# -- the same table for people ---------------------------------------------------------------------------------------
+def test_the_page_on_design_holds_the_same_table() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (L\d) \|[^|]*\|([^|]*)\|", text, re.M)
+    assert {layer: tuple(re.findall(r"`(\w+)`", cells)) for layer, cells in rows} == LAYERS
