@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-__all__ = ["page", "table"]
+__all__ = ["accuracy_table", "page", "table"]
 
 HEAD = """\
 # Benchmarks
@@ -65,6 +65,20 @@ def table(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    """Errors against float64 as a Markdown table."""
+    lines = [
+        "| median KL | way | KL, median relative error | KL below 0 | log-prob, largest error |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        for name, way in row["ways"].items():
+            lines.append(
+                f"| {row['kl']:.1e} | {name} | {way['kl_error']:.1e} | {way['negative']:.1%} | {way['logp_error']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
 def _flat(shape: dict[str, Any]) -> str:
     parts = []
     for name, value in shape.items():
@@ -82,4 +96,9 @@ def page(record: dict[str, Any]) -> str:
             f"### {case['name']}\n\n{case['what'].capitalize()}. {case['rounds']} rounds.{note}\n\n"
             f"Shape: {_flat(case['shape'])}.\n\n{table(case)}\n"
         )
+    parts.append(
+        "### Accuracy\n\nExact KL to the reference and log-probs in float32, against the same inputs in float64. Early in "
+        "training, and under a strong pull to the reference, KL per token is this small.\n\n"
+        f"{accuracy_table(record['accuracy'])}\n"
+    )
     return "\n".join(parts)

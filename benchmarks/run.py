@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import generation, kernels, steps
+from benchmarks import accuracy, generation, kernels, steps
 from benchmarks.harness import ROOT, Case, measure
-from benchmarks.page import page, table
+from benchmarks.page import accuracy_table, page, table
 
 __all__ = ["main"]
 
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             *generation.cases(Path(folder), quick=options.quick),
             *kernels.cases(quick=options.quick),
         ]
-        chosen = [case for case in cases if not options.only or options.only.lower() in case.name.lower()]
+        wanted = (options.only or "").lower()
+        chosen = [case for case in cases if wanted in case.name.lower()]
         if not chosen:
             parser.error(f"no case is called {options.only!r}; there are: {', '.join(case.name for case in cases)}")
         for case in chosen:
@@ -75,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             results.append(result.as_dict())
             print(f"\n{case.name}\n{table(results[-1])}", flush=True)
     command = " ".join(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])])
-    record = {"versions": versions(), "command": command, "cases": results}
+    digits = [] if options.only else accuracy.rows(quick=options.quick)
+    if digits:
+        print(f"\naccuracy\n{accuracy_table(digits)}", flush=True)
+    record = {"versions": versions(), "command": command.strip(), "cases": results, "accuracy": digits}
     # A part, or figures that mean nothing, must not replace the page of a whole run by accident.
     target = options.output or (ROOT / "docs" if not (options.quick or options.only) else None)
     if target is not None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -148,3 +150,63 @@ def test_wrong_names_and_shapes_are_refused() -> None:
             estimator(logps[0], logps[0], mask[0])
         with pytest.raises(ValueError, match="floating point"):
             estimator(logps.long(), logps, mask)
+
+
+# -- controllers ------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_stays() -> None:
+    controller = kl.FixedKL(0.1)
+    assert controller.update(99.0, samples=5) == controller
+
+
+def test_proportional_by_hand() -> None:
+    controller = kl.ProportionalKL(0.1, target=6.0, horizon=100.0)
+    assert controller.update(6.0, samples=50).beta == 0.1
+    assert controller.update(6.6, samples=50).beta == pytest.approx(0.1 * (1 + 0.1 * 0.5), rel=1e-12)
+    assert controller.update(600.0, samples=50).beta == pytest.approx(0.1 * (1 + 0.2 * 0.5), rel=1e-12)
+    assert controller.update(0.0, samples=50).beta == pytest.approx(0.1 * (1 - 0.2 * 0.5), rel=1e-12)
+    assert controller.beta == 0.1  # by value: the old one stays
+    with pytest.raises(ValueError, match="raise horizon"):
+        controller.update(0.0, samples=600)
+
+
+def test_halve_double_by_hand() -> None:
+    controller = kl.HalveDoubleKL(0.4, target=0.03)
+    for observed, beta in ((0.0199, 0.2), (0.0201, 0.4), (0.03, 0.4), (0.0449, 0.4), (0.0451, 0.8)):
+        assert controller.update(observed).beta == pytest.approx(beta, rel=1e-15), observed
+
+
+def test_controllers_steer_a_policy_to_the_target() -> None:
+    """The KL of a policy answers inversely to beta: both adaptive controllers settle near the target."""
+    for controller, tolerance in (
+        (kl.ProportionalKL(5.0, target=2.0, horizon=10.0), 1e-3),
+        (kl.HalveDoubleKL(5.0, target=2.0), 1.0),
+    ):
+        for _ in range(400):
+            controller = controller.update(1 / controller.beta, samples=1)
+        assert abs(1 / controller.beta - 2.0) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "controller", [kl.FixedKL(0.0), kl.ProportionalKL(0.1, 6.0, 50.0, 0.3), kl.HalveDoubleKL(0.2, 0.01)], ids=repr
+)
+def test_controllers_survive_a_checkpoint(controller: kl.KLController) -> None:
+    stepped = controller.update(0.5, samples=3)
+    state = json.loads(json.dumps(stepped.state_dict()))
+    assert kl.controller_from_state_dict(state) == stepped
+
+
+def test_senseless_controllers_are_refused() -> None:
+    with pytest.raises(ValueError, match="beta must be >= 0"):
+        kl.FixedKL(-0.1)
+    with pytest.raises(ValueError, match="target must be > 0"):
+        kl.HalveDoubleKL(0.1, 0.0)
+    with pytest.raises(ValueError, match="horizon must be > 0"):
+        kl.ProportionalKL(0.1, 6.0, horizon=0)
+    with pytest.raises(ValueError, match="observed must be finite"):
+        kl.ProportionalKL(0.1, 6.0).update(float("nan"))
+    with pytest.raises(ValueError, match="did you mean 'proportional'"):
+        kl.controller_from_state_dict({"kind": "proportionate", "beta": 0.1})
+    with pytest.raises(ValueError, match="has the fields beta, target, got beta, goal"):
+        kl.controller_from_state_dict({"kind": "halve_double", "beta": 0.1, "goal": 1.0})

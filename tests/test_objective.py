@@ -36,7 +36,13 @@ def make_batch(seed: int = 0, *, groups: int = 4, size: int = 4, width: int = 5)
         ref_logps=logps(),
         values=torch.randn(rows, width, generator=g, dtype=F64),
         labels=torch.rand(rows, generator=g) > 0.5,
-        extras={"kl_baseline": torch.full((rows,), 0.1, dtype=F64), "margin": torch.rand(rows, generator=g, dtype=F64)},
+        extras={
+            "kl_baseline": torch.full((rows,), 0.1, dtype=F64),
+            "margin": torch.rand(rows, generator=g, dtype=F64),
+            "win_rates": torch.rand(rows, generator=g, dtype=F64),
+            "weights": torch.rand(rows, generator=g, dtype=F64),
+            "step_labels": (torch.rand(rows, width, generator=g) > 0.5).to(F64),
+        },
     )
     outputs = {
         "logps": logps().requires_grad_(),
@@ -45,12 +51,15 @@ def make_batch(seed: int = 0, *, groups: int = 4, size: int = 4, width: int = 5)
         "values": torch.randn(rows, width, generator=g, dtype=F64).requires_grad_(),
         "scores": torch.randn(rows, generator=g, dtype=F64).requires_grad_(),
     }
+    for name in ("behaviour_log_ratio", "behaviour_log_ratio_sq", "token_log_ratio_sq", "teacher_kl"):
+        outputs[name] = torch.rand(rows, width, generator=g, dtype=F64).requires_grad_()
     return batch, outputs
 
 
 #: Enough hyper-parameters to build any objective by name.
 HYPER = {
     "beta": 0.3, "clip_eps": 0.2, "length": 7, "delta": 1.0, "tau": 0.3, "lam": 0.95, "gamma": 0.99,
+    "divergence": "js", "f": "logistic", "label_smoothing": 0.1,
 }  # fmt: skip
 
 
@@ -82,6 +91,9 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str) -> None
     if "returns" in objective.needs and batch.returns is None:
         batch = batch.replace(returns=batch.values)
     whole = gradient(objective, batch, outputs, [torch.arange(8)])
+    if objective.couples_rows:  # refused with accumulation; see setup
+        assert name in ("aot", "aot_unpaired")
+        return
     assert any(g.abs().max() > 1e-6 for g in whole.values()), "no gradient at all: the comparison would be empty"
     for sizes in ([2, 2, 2, 2], [4, 4], [6, 2]):
         cut = gradient(objective, batch, outputs, list(torch.arange(8).split(sizes)))

@@ -94,7 +94,7 @@ def test_grpo_reference_is_the_model_in_memory(tmp_path: Path, changed_in_memory
 
 
 def test_online_trainers_take_a_reference(tmp_path: Path) -> None:
-    reference = tiny_llama(seed=1)
+    reference = tiny_llama(seed=1).requires_grad_(False)
     trainer = Trainer(
         tiny_llama(),
         Config(objective="grpo", beta=0.04, output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8,

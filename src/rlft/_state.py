@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Light", "export", "light", "locked", "open_log", "resume", "save", "save_boundary"]
 
 
+_COUNTERS = ("tokens_seen", "unscored_steps", "rollouts")
+
+
 @dataclass(frozen=True)
 class Light:
     """Everything that moves within a step, as it was at a step's boundary; weights move at its end alone."""
@@ -41,7 +44,7 @@ def light(trainer: Trainer) -> Light:
     """The cheap part of the state, taken before each step so that an interrupted one loses nothing."""
     return Light(
         trainer.step,
-        {"tokens_seen": trainer.tokens_seen, "unscored_steps": trainer.unscored_steps},
+        {name: getattr(trainer, name) for name in _COUNTERS},
         copy.copy(trainer.source.state()),
         checkpoint.rng_state(),
         trainer.replay.state_dict() if trainer.replay is not None else None,
@@ -133,7 +136,8 @@ def resume(trainer: Trainer, given: str | bool | None) -> bool:
         trainer.replay.load_state_dict(found.tensors.get("replay", {}), found.records["replay"])
     trainer.metrics = MetricSums.from_state(found.records["metrics"])
     trainer.step = record["step"]
-    trainer.tokens_seen, trainer.unscored_steps = record["tokens_seen"], record["unscored_steps"]
+    for name in _COUNTERS:
+        setattr(trainer, name, record[name])
     if "rng" in found.own:  # last: building anything above may draw random numbers
         checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
     return True

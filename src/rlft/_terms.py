@@ -30,6 +30,7 @@ PAIR = {
     "chosen_lengths": "mask",
     "rejected_lengths": "mask",
     "margins": "margin",
+    "chosen_win_rates": "win_rates",
 }
 
 
@@ -109,10 +110,12 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
         source = PAIR[name]
         if source == "mask":
             per_row = batch.mask.sum(-1).clamp(min=1)  # a masked pair counts nowhere, and must not divide by zero
-        elif source in ("scores", "margin"):
-            per_row = outputs["scores"] if source == "scores" else bind("extras.margin", outputs, batch, objective)
+        elif source in ("scores", "margin", "win_rates"):
+            per_row = outputs["scores"] if source == "scores" else bind(f"extras.{source}", outputs, batch, objective)
         else:
-            per_row = reduce.sequence_sum(bind(source, outputs, batch, objective), batch.mask)
+            # a blank row is no answer of probability one, which some losses refuse
+            alive = batch.mask.any(-1)
+            per_row = reduce.sequence_sum(bind(source, outputs, batch, objective), batch.mask).where(alive, -1.0)
         if per_row.shape[0] % 2 or not torch.equal(batch.group_ids[0::2], batch.group_ids[1::2]):
             raise ValueError(
                 f"objective {objective!r} needs pairs: rows in twos, chosen first; got {batch.num_rows} rows"
@@ -169,8 +172,15 @@ def probe(term: Term, name: str) -> str:
         "scores": logps.sum(-1),
     }
     own = {n for n in term.sources if n not in {*PAIR, *outputs, "start_values", "old_values", "mask", "group_ids"}}
-    unknown = {n: torch.zeros(4) for n in own if getattr(batch, n, None) is None}
-    batch = batch.replace(extras={**unknown, "margin": torch.zeros(4), "kl_baseline": torch.zeros(4)})
+    hints = {term.rename.get(n, n): str(p.annotation) for n, p in inspect.signature(term.function).parameters.items()}
+    unknown = {
+        n: torch.zeros(4, 3) if "B T" in hints.get(n, "") else torch.zeros(4)
+        for n in own
+        if getattr(batch, n, None) is None
+    }
+    batch = batch.replace(
+        extras={**unknown, "margin": torch.zeros(4), "kl_baseline": torch.zeros(4), "win_rates": torch.full((4,), 0.5)}
+    )
     with torch.enable_grad():
         try:
             output = term.function(*(bind(n, outputs, batch, name) for n in term.sources), **term.hyper)

@@ -65,7 +65,14 @@ def _entry(name: str) -> Entry:
 
 
 #: Hyper-parameters without a default, to build each objective once and read its needs.
-_EXAMPLE = {"length": 8, "clip_eps": 0.2, "nll_weight": 1.0}
+_EXAMPLE = {
+    "length": 8,
+    "clip_eps": 0.2,
+    "nll_weight": 1.0,
+    "divergence": "js",
+    "f": "logistic",
+    "label_smoothing": 0.1,
+}
 
 
 def _data(objective: Objective) -> str:

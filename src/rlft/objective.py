@@ -236,6 +236,11 @@ class Objective:
         return any("group_ids" in t.tensors or t.per_pair for t in self.terms)
 
     @property
+    def couples_rows(self) -> bool:
+        """True when rows of different prompts are compared: the step must be one micro-batch on one process."""
+        return any(bool(getattr(term.function, "couples_rows", False)) for term in self.terms)
+
+    @property
     def needs_pairs(self) -> bool:
         return any(term.per_pair for term in self.terms)
 

@@ -192,6 +192,13 @@ def _check_settings(config: Config, objective: Objective, *, online: bool) -> No
         raise ConfigError(
             f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); drop ref_model"
         )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if objective.couples_rows and (config.gradient_accumulation_steps > 1 or processes > 1):
+        raise ConfigError(
+            f"objective {objective.name!r} compares rows of the whole step with each other, so a step must be one micro-batch on "
+            f"one process; got gradient_accumulation_steps={config.gradient_accumulation_steps} on {processes} processes: "
+            f"raise per_device_train_batch_size instead"
+        )
     if config.sync_ref_model and (not objective.needs_reference or config.ref_model is not None):
         why = "is a model of its own" if config.ref_model is not None else "is not there"
         raise ConfigError(f"sync_ref_model does nothing: the reference of objective {objective.name!r} {why}; drop it")

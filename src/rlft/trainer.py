@@ -99,6 +99,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.unscored_steps = 0
+        self.rollouts = 0
         self.run_dir = Path(self.config.output_dir)
         self.metrics: MetricSums = MetricSums()
         self._signalled: int | None = None
@@ -318,15 +319,13 @@ class Trainer:
 
         Args:
             indices: examples of the training data.
-            step: optimizer steps taken; decides the seed together with the process's rank.
+            step: optimizer steps taken. The seed comes from the number of generations so far and the rank.
         """
         from rlft import online
 
-        return online.rollout(
-            self,
-            [self.train_data.examples[i] for i in indices],
-            seed=fold_seed(self.config.seed, rank=self.rank, step=step),
-        )
+        seed = fold_seed(self.config.seed, rank=self.rank, step=self.rollouts)
+        self.rollouts += 1
+        return online.rollout(self, [self.train_data.examples[i] for i in indices], seed=seed)
 
     def score(
         self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]

@@ -74,6 +74,17 @@ def test_eos_is_added_where_the_template_ends_with_none():
     assert shown(tokenizer, encode(tokenizer, ParsedRow([Q], ([A],)), add_eos=False)) == "q\n|ans"
 
 
+def test_an_end_that_the_template_writes_twice_is_kept_once():
+    tokenizer = char_tokenizer(template=PLAIN_TEMPLATE.replace("eos_token", "eos_token + '\\n' + eos_token"))
+    encoded = encode(tokenizer, ParsedRow([Q], ([A, R, B],)))
+    assert shown(tokenizer, encoded) == "u:qa:|ans</s>[\n</s>u:ra:]b</s>"
+
+
+def test_an_answer_after_an_assistant_turn_has_a_header_of_its_own():
+    tokenizer = char_tokenizer(template=PLAIN_TEMPLATE)
+    assert shown(tokenizer, encode(tokenizer, ParsedRow([Q, A], ([B],)))) == "u:qa:ans</s>a:|b</s>"
+
+
 class TestTurns:
     def test_only_the_assistant_is_trained(self):
         tokenizer = char_tokenizer(template=PLAIN_TEMPLATE)

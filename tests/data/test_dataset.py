@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -239,11 +240,11 @@ class TestMemory:
 
     def test_fingerprint_sees_masks(self):
         tokenizer = char_tokenizer(template=PLAIN_TEMPLATE)
-        turns = [user("q"), assistant("x"), user("y"), assistant("z")]
-        masked = tokenize([{"messages": turns}], tokenizer)
-        plain = quietly([{"prompt": "u:qa:", "completion": "x</s>u:ya:z"}], tokenizer)
-        assert masked[0].completions[0].ids == plain[0].completions[0].ids
-        assert masked.fingerprint != plain.fingerprint
+        made = tokenize([{"messages": [user("q"), assistant("x"), user("y"), assistant("z")]}], tokenizer)
+        completion = made[0].completions[0]
+        unmasked = replace(completion, mask=(True,) * len(completion.ids))
+        other = replace(made, examples=[replace(made[0], completions=(unmasked,))])
+        assert made.fingerprint != other.fingerprint
 
 
 class TestOverlap:

@@ -218,6 +218,7 @@ BAD = [
     ("preference", {"prompt": "r", "chosen": [Q, A], "rejected": [Q, B]}, DIFFERENT),
     ("preference", {"prompt": [Q], "chosen": [user("r"), A], "rejected": [user("r"), B]}, DIFFERENT),
     ("preference", {"prompt": [Q, A], "chosen": [user("r"), A], "rejected": [user("s"), B]}, DIFFERENT),
+    ("preference", {"prompt": [Q, A], "chosen": [Q, A, B], "rejected": [B]}, DIFFERENT),
     # 13, text that is none
     ("prompt", {"prompt": "a\ud800"}, "invalid text (lone surrogate or NUL)"),
     ("prompt", {"prompt": "a\x00b"}, "invalid text (lone surrogate or NUL)"),

@@ -381,7 +381,7 @@ def test_ld_dpo_weighs_the_excess() -> None:
     expected = [-logsigmoid((rewards[i] - rewards[i + 1]).item()) for i in (0, 2)]
     assert found.loss[0::2].tolist() == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="group 1 has 3 rows: give each pair its own id"):
-        losses.ld_dpo(logps, ref, torch.tensor([1, 1, 1, 0]), mask, beta=0.4, ld_alpha=0.3)
+        losses.ld_dpo(logps, ref, torch.tensor([1, 1, 1, 2]), mask, beta=0.4, ld_alpha=0.3)
 
 
 def test_rrhf_by_hand() -> None:

@@ -83,3 +83,11 @@ def test_empty_prompt_is_refused_where_it_matters() -> None:
         build_rows(batch.replace(prompt_mask=none))
     unanswered = batch.replace(prompt_mask=none, completion_mask=batch.completion_mask & (torch.arange(3) < 1)[:, None])
     assert build_rows(unanswered.replace(mask=unanswered.completion_mask)).targets.tolist() == [30, 31]
+
+
+def test_group_ids_of_any_integer_type() -> None:
+    batch = two_prompts()
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(
+            build_rows(batch.replace(group_ids=batch.group_ids.to(dtype))).input_ids, build_rows(batch).input_ids
+        )

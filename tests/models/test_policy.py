@@ -228,3 +228,19 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         Policy(tiny_llama(), reference="some/model")
     with pytest.raises(ValueError, match="critic must be 'none', 'shared' or a model"):
         Policy(tiny_llama(), critic="head")
+
+
+def test_batch_on_another_device_is_refused() -> None:
+    data = batch()
+    policy = Policy(tiny_llama().to("meta"), reference="none")
+    with pytest.raises(ValueError, match=r"the batch is on cpu and the model on meta; call batch\.to\('meta'\)"):
+        policy(data, want=LOGPS)
+
+
+def test_wrapped_forward_is_used_for_the_reference_too() -> None:
+    """Autocast and sharding hang on the module's call; a reference scored past them would differ from the policy."""
+    policy, data = Policy(tiny_llama()), batch()
+    calls = []
+    policy.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy.reference_logps(data)
+    assert calls == [1]

@@ -126,10 +126,16 @@ def test_an_error_inside_the_reference_pass_leaves_the_adapter_on() -> None:
 def test_merged_adapter_is_refused() -> None:
     policy = Policy(fresh_lora())
     policy.model.merge_adapter()
-    with pytest.raises(ValueError, match="merged into the base weights"):
-        policy(batch(), want=WANT)
+    data, logps = batch(), frozenset({"logps"})
+    for call in (lambda: policy(data, want=WANT), lambda: policy(data, want=logps)):
+        with pytest.raises(ValueError, match="merged into the base weights"):
+            call()
+    with torch.no_grad():
+        policy(data, want=logps)  # sampling and scoring without gradient may use it
+        with pytest.raises(ValueError, match="merged into the base weights"):
+            policy.reference_logps(data)
     policy.model.unmerge_adapter()
-    policy(batch(), want=WANT)
+    policy(data, want=WANT)
 
 
 def test_global_random_state_is_left_alone() -> None:

@@ -49,7 +49,8 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
 
     Returns:
         ``first`` and ``last``: the evaluations before and after training (``first`` is None where there was none);
-        ``also_first`` and ``also_last``: the same on ``also``; ``seconds``: wall and CPU time of the whole stage; ``steps``.
+        ``also_first`` and ``also_last``: the same on ``also``; ``seconds``: wall and CPU time of the whole stage; ``steps``;
+        ``trained`` and ``held_out``: numbers of examples.
     """
     from rlft.config import load_config
     from rlft.trainer import Trainer
@@ -70,6 +71,7 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     return {
         "first": first, "last": last, "also_first": also_first, "also_last": also_last, "seconds": seconds, "steps": trainer.step,
+        "trained": len(trainer.train_data.examples), "held_out": len(trainer.eval_data.examples),
     }  # fmt: skip
 
 
@@ -110,6 +112,7 @@ def polite_pairs(folder: Path, seed: int) -> dict[str, Any]:
     for name in ("reward_model", "dpo", "ipo", "agro"):
         run = stage(f"polite_pairs/{name}", folder, seed, start="polite_pairs/sft")
         last = run["last"]
+        record |= {"trained": run["trained"], "held_out": run["held_out"]}
         record[name] = {"seconds": run["seconds"], "steps": run["steps"]}
         if name == "reward_model":
             record[name] |= {"implicit": last["eval_accuracy"]}
@@ -149,7 +152,9 @@ def formats(folder: Path, seed: int) -> dict[str, Any]:
     kto = stage("thumbs/kto", folder, seed)
     sft = stage("gsm8k/sft", folder, seed)
     agro = stage("gsm8k/agro", folder, seed, start="gsm8k/sft")
-    keep = ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_reward", "eval_completions/clipped_ratio", "kl", "reward")  # fmt: skip
+    keep = (
+        "eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_reward", "eval_completions/clipped_ratio", "reward",
+    )  # fmt: skip
     return {"seed": seed} | {
         name: {key: run["last"][key] for key in keep if key in run["last"]}
         | {"steps": run["steps"], "seconds": run["seconds"]}

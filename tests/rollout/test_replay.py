@@ -125,6 +125,9 @@ def test_an_empty_buffer_saves_and_loads():
     buffer = ReplayBuffer(3)
     buffer.load_state_dict(tensors, record)
     assert len(buffer) == 0
+    buffer.add([1], item())
+    buffer.load_state_dict({}, record)
+    assert len(buffer) == 0
 
 
 def test_a_wrong_state_is_refused_and_changes_nothing():

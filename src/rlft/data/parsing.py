@@ -145,11 +145,10 @@ def _without_repeat(prompt: Cell, chosen: Cell, rejected: Cell) -> tuple[Cell, C
             raise BadRow(PROMPTS_DIFFER)
         return shared, chosen, rejected
     length = len(prompt)
-    repeats = [length > 0 and answer[:length] == prompt for answer in (chosen, rejected)]
-    if all(repeats):
+    if length and chosen[:length] == prompt == rejected[:length]:
         return prompt, chosen[length:], rejected[length:]
     asks_again = any(answer[0]["role"] != "assistant" for answer in (chosen, rejected))
-    if any(repeats) or (asks_again and prompt and prompt[-1]["role"] != "assistant"):
+    if asks_again and prompt and prompt[-1]["role"] != "assistant":
         raise BadRow(PROMPTS_DIFFER)
     return prompt, chosen, rejected
 

@@ -54,19 +54,23 @@ class Switch:
             m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         ]
 
-    @contextlib.contextmanager
-    def using(self, adapter: str | None) -> Iterator[None]:
-        """Use ``adapter`` (None: no adapter, the base model alone).
+    def refuse_merged(self) -> None:
+        """A merged adapter is part of the base weights: it gets no gradient, and no switch takes it out.
 
         Raises:
-            ValueError: when an adapter is merged into the base weights, which no switch can take out.
+            ValueError: when one is merged.
         """
         for layer in self.layers:
             if getattr(layer, "merged_adapters", None):
                 raise ValueError(
-                    f"adapter {layer.merged_adapters} is merged into the base weights, so the reference cannot be "
-                    f"computed; call model.unmerge_adapter() after generating"
+                    f"adapter {layer.merged_adapters} is merged into the base weights: it would get no gradient, and "
+                    f"the reference could not be told from it; call model.unmerge_adapter() after generating"
                 )
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Use ``adapter`` (None: no adapter, the base model alone)."""
+        self.refuse_merged()
         before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         try:
             for layer in self.layers:

@@ -68,5 +68,5 @@ class CriticModel(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """``[N]`` value of the state before each scored token."""
-        self._scorer._check_width(rows)
+        self._scorer.check_rows(rows)
         return self.head(rows.gather(self._scorer._hidden(rows)))

@@ -71,8 +71,9 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
     Raises:
         ValueError: when a row with completion tokens has an empty prompt: nothing predicts its first token.
     """
-    prompt_mask = batch.prompt_mask[batch.group_ids]
-    ids = torch.cat([batch.prompt_ids[batch.group_ids], batch.completion_ids], 1)
+    groups = batch.group_ids.long()  # an index of bytes would be read as a mask
+    prompt_mask = batch.prompt_mask[groups]
+    ids = torch.cat([batch.prompt_ids[groups], batch.completion_ids], 1)
     exists = torch.cat([prompt_mask, batch.completion_mask], 1)
     rows_n, device = ids.shape[0], ids.device
     lengths = exists.sum(-1)

@@ -29,7 +29,11 @@ def enable_checkpointing(model: Any) -> None:
     """Switch gradient checkpointing on (without re-entrance), and make the inputs of frozen layers require grad."""
     if not getattr(model, "supports_gradient_checkpointing", True):
         raise ValueError(f"{type(model).__name__} does not support gradient checkpointing; switch it off")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     model.enable_input_require_grads()
     for name, module in model.named_modules():
         if not getattr(module, "gradient_checkpointing", False):

@@ -65,6 +65,7 @@ class Policy(TrainableModule):
         self.dropout = dropout
         self.chunk_size = chunk_size
         self._scorer = CausalScorer(model)
+        self._switch = adapters.Switch(model) if adapters.is_peft(model) else None
         self._reference = make_reference(model, reference)
         self.reference_model = self._reference.model  # registered, so that it moves and shards with the policy
         self.value_head: ValueHead | None = None
@@ -107,6 +108,8 @@ class Policy(TrainableModule):
         want = self._check_want(want)
         rows = build_rows(batch)
         self._settle()
+        if self._switch is not None and torch.is_grad_enabled():
+            self._switch.refuse_merged()
         result: dict[str, Tensor] = {}
         quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
         needs_policy = bool(quantities - {"ref_logps"}) or ("values" in want and self.value_head is not None)
@@ -134,7 +137,8 @@ class Policy(TrainableModule):
         Returns:
             ``[B, T]``, zero outside ``completion_mask``.
         """
-        return Policy.forward(self, batch, want=frozenset({"ref_logps"}), temperature=temperature)["ref_logps"]
+        # Through the call, not through forward: wrappers (autocast, sharding) hang on it.
+        return self(batch, want=frozenset({"ref_logps"}), temperature=temperature)["ref_logps"]
 
     def _check_want(self, want: frozenset[str]) -> frozenset[str]:
         want = frozenset(want)

@@ -143,7 +143,9 @@ def make_reference(model: nn.Module, reference: str | nn.Module) -> Reference:
     if reference == "none":
         return Reference("none")
     if reference not in ("auto", "copy"):
-        raise ValueError(f"reference must be 'auto', 'copy', 'none' or a model, got {reference!r}; load the model first")
+        raise ValueError(
+            f"reference must be 'auto', 'copy', 'none' or a model, got {reference!r}; load the model first"
+        )
     if adapters.is_peft(model):
         name = adapters.active_adapter(model)
         own = {id(p) for p in adapters.adapter_parameters(model, name).values()}

@@ -62,7 +62,7 @@ class RewardScorer(TrainableModule):
 
     def score_rows(self, rows: Rows) -> Float[Tensor, " B"]:
         """Scores of laid-out rows."""
-        self._scorer._check_width(rows)
+        self._scorer.check_rows(rows)
         if self._by_trunk:
             last = rows.gather_last(self._scorer._hidden(rows))
             scores = unwrap(self.model).score(last)

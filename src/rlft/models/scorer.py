@@ -79,7 +79,7 @@ class CausalScorer:
     # -- forward --------------------------------------------------------------------------------------------------
     def states(self, rows: Rows) -> Tensor:
         """``[N, D]`` final hidden states that predict the scored tokens (path ``logits``: ``[N, V]`` logits)."""
-        self._check_width(rows)
+        self.check_rows(rows)
         self.ensure_path(rows)
         return rows.gather(self._full_logits(rows) if self.path == "logits" else self._hidden(rows))
 
@@ -108,7 +108,13 @@ class CausalScorer:
             "return_dict": True,
         }
 
-    def _check_width(self, rows: Rows) -> None:
+    def check_rows(self, rows: Rows) -> None:
+        """Refuse rows on another device, or longer than the model's learned positions."""
+        device = self.base.get_input_embeddings().weight.device
+        if rows.input_ids.device.type != device.type:
+            raise ValueError(
+                f"the batch is on {rows.input_ids.device} and the model on {device}; call batch.to({str(device)!r}) first"
+            )
         width = rows.input_ids.shape[1]
         if self.max_positions is not None and width > self.max_positions:
             raise ValueError(

@@ -169,6 +169,9 @@ class ReplayBuffer:
                 f"replay_capacity is {self.capacity} and the saved buffer's {record.get('capacity')}; set it to the latter"
             )
         order, counts = list(record["prompts"]), list(record["counts"])
+        if not sum(counts):
+            self._items = {}  # a store may leave out empty tensors
+            return
         lengths = tensors["lengths"].tolist()
         rows = [tensors[name] for name in ("rewards", "finished", "weight_versions")]
         tokens = (tensors["ids"], tensors["logps"])

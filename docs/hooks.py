@@ -1,0 +1,187 @@
+"""What the pages take from the code when the site is built: tables of objectives and settings, links of docstrings.
+
+Used by mkdocs (``hooks`` in mkdocs.yml). ``<!-- objectives -->``, ``<!-- settings -->`` and ``<!-- rewards -->`` in a page
+become tables, and ``:func:`rlft.losses.dpo``` in a docstring becomes a link to where that is documented.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+#: Page under api/ -> the modules it documents.
+API = {
+    "losses": ["rlft.losses"],
+    "pieces": ["rlft.advantages", "rlft.kl", "rlft.reduce", "rlft.types", "rlft.ops"],
+    "objective": ["rlft.objective", "rlft.recipes", "rlft.catalogue"],
+    "trainer": ["rlft.trainer", "rlft.config"],
+    "data": ["rlft.data"],
+    "rewards": ["rlft.rewards"],
+    "rollout": ["rlft.rollout"],
+    "models": ["rlft.models"],
+    "checkpoint": ["rlft.checkpoint", "rlft.errors"],
+}
+_ROLE = re.compile(r":(?:func|class|mod|meth|data|attr|exc):(?:<code>)([^<]*)(?:</code>)|:(?:func|class|mod|meth|data|attr|exc):`([^`]*)`")  # fmt: skip
+_KINDS = {
+    "prompt-completion": "Supervised: prompts with one answer",
+    "preference": "Preference pairs",
+    "preference (reward model)": "Reward models",
+    "unpaired": "Answers with a thumb up or down",
+    "groups with rewards": "Groups with rewards: sampled online, or ranked rows",
+}
+
+
+def _where() -> dict[str, str]:
+    """Documented name -> page: ``rlft.losses.dpo`` -> ``losses``."""
+    found = {}
+    for page, modules in API.items():
+        for name in modules:
+            found[name] = page
+            for member in importlib.import_module(name).__all__:
+                found[f"{name}.{member}"] = page
+    return found
+
+
+WHERE = _where()
+#: Short name -> documented name, where only one thing is called so.
+_SHORT: dict[str, list[str]] = {}
+for _full in WHERE:
+    _SHORT.setdefault(_full.rpartition(".")[2], []).append(_full)
+
+
+def target(role: str) -> str | None:
+    """The documented name that a role means: full, or short where that is clear; methods go to their class."""
+    name = role.removeprefix("~").removesuffix("()")
+    for candidate in (name, name.rpartition(".")[0]):
+        if candidate in WHERE:
+            return candidate
+        if len(found := _SHORT.get(candidate, [])) == 1:
+            return found[0]
+    return None
+
+
+def _plain(text: str) -> str:
+    """A docstring's line as Markdown: code instead of roles and double backticks."""
+    text = re.sub(r":\w+:`~?([^`]*)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
+    return text.replace("``", "`").replace("|", "\\|").strip()
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def objectives(prefix: str) -> str:
+    """One table per kind of data, from rlft.catalogue."""
+    from rlft import catalogue, losses
+
+    parts = []
+    every = catalogue.entries()
+    for kind in dict.fromkeys([*_KINDS, *(e.data for e in every)]):
+        rows = []
+        for e in every:
+            if e.data != kind:
+                continue
+            page = "losses" if e.name in losses.__all__ else "objective"
+            anchor = f"rlft.losses.{e.name}" if page == "losses" else "rlft.recipes"
+            hyper = "<br>".join(f"`{word}`" for word in e.hyper.split(", ") if word)
+            rows.append(
+                [f"[`{e.name}`]({prefix}api/{page}.md#{anchor})", _plain(e.formula), hyper, e.policy, e.averaging, _plain(e.paper)]
+            )
+        if rows:
+            head = ["objective", "what it computes", "settings", "samples", "averaging", "paper"]
+            parts.append(f"### {_KINDS.get(kind, kind)}\n\n{_table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def settings(prefix: str) -> str:
+    """One table per group of settings, from Config.groups()."""
+    from rlft.config import Config
+
+    titles = {
+        "objective": "What is optimised",
+        "model": "Models",
+        "data": "Data",
+        "sampling": "Sampling",
+        "rewards": "Rewards",
+        "steps": "Steps",
+        "output": "Watching and saving",
+    }
+    defaults, parts = Config(), []
+    for group, fields in Config.groups().items():
+        rows = []
+        for field in fields:
+            kind = str(field.type).replace("Literal", "").replace("typing.", "").replace("|", "\\|")
+            kind = re.sub(r"^\[(.*)\]$", r"\1", kind) if kind.startswith("['") else kind
+            free = "yes" if field.metadata.get("free") else ""
+            rows.append([f"`{field.name}`", f"`{kind}`", f"`{getattr(defaults, field.name)!r}`", free, _plain(field.metadata["doc"])])
+        parts.append(f"### {titles.get(group, group)}\n\n" + _table(["setting", "type", "default", "free", ""], rows))
+    return "\n\n".join(parts)
+
+
+def rewards(prefix: str) -> str:
+    """The built-in rewards: name, class, options, first line."""
+    from rlft.rewards import BUILTIN_REWARDS
+
+    rows = []
+    for name, made in sorted(BUILTIN_REWARDS.items()):
+        options = [p for p in inspect.signature(made).parameters.values() if p.name not in ("name", "symbolic")]
+        words = "<br>".join(f"`{p.name}`" if p.default is p.empty else f"`{p.name}={p.default!r}`" for p in options)
+        first = (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append([f"`{name}`", _plain(first), words, f"[`{made.__name__}`]({prefix}api/rewards.md#rlft.rewards.{made.__name__})"])
+    return _table(["name", "what it pays", "options", "class"], rows)
+
+
+_FILLS: dict[str, Callable[[str], str]] = {"objectives": objectives, "settings": settings, "rewards": rewards}
+
+
+# -- mkdocs calls these ----------------------------------------------------------------------------------------------
+def on_config(config: Any) -> Any:
+    """Pages that others write are in the navigation only when they are there."""
+    import pathlib
+
+    docs = pathlib.Path(config["docs_dir"])
+    config["nav"] = _present(config["nav"], docs)
+    return config
+
+
+def _present(nav: list[Any], docs: Any) -> list[Any]:
+    kept: list[Any] = []
+    for entry in nav:
+        (title, value), *_ = entry.items() if isinstance(entry, dict) else [(None, entry)]
+        if isinstance(value, list):
+            if inner := _present(value, docs):
+                kept.append({title: inner})
+        elif (docs / value).exists():
+            kept.append(entry)
+    return kept
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fill in the tables; drop list items and rows that link to a page which is not there."""
+    prefix = "../" * page.file.src_uri.count("/")
+    for name, fill in _FILLS.items():
+        mark = f"<!-- {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, fill(prefix))
+    return markdown
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Roles of docstrings become links."""
+    from mkdocs.utils import get_relative_url
+
+    def link(match: re.Match[str]) -> str:
+        role = match[1] or match[2]
+        name = role.removeprefix("~")
+        shown = f"<code>{name.rpartition('.')[2] if role.startswith('~') or '.' in name else name}</code>"
+        found = target(role)
+        if found is None:
+            return shown
+        url = get_relative_url(f"api/{WHERE[found]}/", page.url)
+        return f'<a href="{url}#{found}">{shown}</a>'
+
+    return _ROLE.sub(link, html)

@@ -1,0 +1,190 @@
+"""docs/results.md from the records in runs/results: every number as measured, mean and range over the seeds.
+
+``python -m tests.results.page`` writes it anew; ``make results`` measures first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tests.results.runs import RECORDS, ROOT
+
+PAGE = ROOT / "docs" / "results.md"
+Record = dict[str, Any]
+
+HEAD = """# Results on real data
+
+Small models from scratch on real data, on a CPU: what the shipped configurations do from end to end. The models have about
+0.2 million weights; the numbers say that the algorithms work and how they compare here, not how a large model would fare.
+
+Every number is as measured by `make results` (three seeds, the same settings for each; the seed decides initialisation, data
+order and samples; the held-out rows are the same for all). Cells are the mean over the seeds and, in brackets, the smallest
+and the largest. CPU seconds are those of one run on one thread, imports left out and evaluations included.
+"""
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """``mean (smallest to largest)``."""
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def column(records: Sequence[Record], stage: str, key: str) -> list[float]:
+    return [record[stage][key] for record in records]
+
+
+def seconds(records: Sequence[Record], stage: str) -> str:
+    return f"{mean(r[stage]['seconds']['cpu'] for r in records):.0f}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def polite_pairs(records: Sequence[Record]) -> str:
+    """The section on preference pairs."""
+    rows = [
+        ["SFT (the start)", "-", spread(column(records, "sft", "raw")), "-", "-", seconds(records, "sft")],
+        [
+            "Bradley-Terry reward model", spread(column(records, "reward_model", "implicit")), "-", "-", "-",
+            seconds(records, "reward_model"),
+        ],
+    ]  # fmt: skip
+    for stage, label in (("dpo", "DPO"), ("ipo", "IPO"), ("agro", "AGRO, off-policy")):
+        rows.append(
+            [
+                label, spread(column(records, stage, "implicit")), spread(column(records, stage, "raw")),
+                spread(column(records, stage, "chosen"), "+.1f"), spread(column(records, stage, "rejected"), "+.1f"),
+                seconds(records, stage),
+            ]
+        )  # fmt: skip
+    heads = [
+        "", "held-out pair accuracy, implicit reward", "by raw likelihood", "log-prob of chosen, change in nats",
+        "of rejected", "CPU s",
+    ]  # fmt: skip
+    trained, held_out = records[0]["trained"], records[0]["held_out"]
+    return f"""## Preference pairs (`polite_pairs`)
+
+1,100 pairs, a polite answer against a rude or sloppy one; {trained} pairs to train on and {held_out} held out (six pairs of
+equal answers are left out and counted). SFT on the chosen answers, then each method from that same model.
+The implicit reward is beta (log pi - log ref) of the whole answer; the reward model's accuracy is that of its scores. Raw
+likelihood prefers the shorter answer and needs no reference; it starts near one half.
+
+{table(heads, rows)}
+AGRO here is the IPO form: with rewards +1/2 and -1/2 its loss is beta/4 times IPO's at tau = beta/2, value and gradient
+(a test holds it to that). The two rows have matching settings (AGRO beta 0.2, IPO beta 0.1: both pull the margin to 5 nats),
+so they differ only by what the constant factor does to gradient clipping and to Adam's epsilon.
+
+```
+{commands("polite_pairs", ["sft", "reward_model", "dpo", "ipo", "agro"])}
+```
+"""
+
+
+def word_problems(records: Sequence[Record]) -> str:
+    """The section on problems with a verifier."""
+    rows = [
+        ["SFT on a quarter (the start)", spread(column(records, "sft", "all")), spread(column(records, "sft", "unseen")),
+         "-", "-", seconds(records, "sft")],
+    ]  # fmt: skip
+    for stage, label in (("agro", "AGRO, off-policy"), ("rloo", "RLOO"), ("grpo", "GRPO")):
+        gains = [100 * (r[stage]["all"] - r["sft"]["all"]) for r in records]
+        rows.append(
+            [
+                label, spread(column(records, stage, "all")), spread(column(records, stage, "unseen")), spread(gains, "+.1f"),
+                spread(column(records, stage, "kl")), seconds(records, stage),
+            ]
+        )  # fmt: skip
+    heads = [
+        "", "held-out accuracy, greedy", "on problems not in the training file", "gain in points", "KL per token", "CPU s",
+    ]  # fmt: skip
+    unseen = records[0]["unseen_rows"]
+    return f"""## Word problems with a verifier (`word_problems`)
+
+1,537 training and 384 held-out problems whose answer is an equation; a completion is right when its value is the answer.
+SFT sees the equations of the first quarter; the online runs sample on the other three quarters and see the verifier's 0 or
+1 alone. The held-out file repeats problems of the training file with other numbers (the text, where numbers are masked, is
+the same for {384 - unseen} of 384), so the accuracy on the other {unseen} is shown beside it.
+
+{table(heads, rows)}
+{WORD_NOTE}
+
+```
+{commands("word_problems", ["sft", "agro", "rloo", "grpo"])}
+```
+"""
+
+
+WORD_NOTE = "All three draw the same number of answers."
+
+
+def formats(records: Sequence[Record]) -> str:
+    """The section on formats."""
+
+    def row(stage: str, label: str, keys: Sequence[tuple[str, str]]) -> list[str]:
+        text = "; ".join(f"{name} {spread(column(records, stage, key))}" for key, name in keys)
+        return [label, str(records[0][stage]["steps"]), text, seconds(records, stage)]
+
+    rows = [
+        row("kto", "`thumbs`, KTO on conversations", [
+            ("eval_rewards/chosen", "held-out implicit reward of thumbs-up"), ("eval_rewards/rejected", "of thumbs-down")]),
+        row("sft", "`gsm8k`, SFT", [("eval_loss", "held-out loss, nats per token")]),
+        row("agro", "`gsm8k`, one online AGRO step with the maths verifier", [
+            ("reward", "sampled reward"), ("eval_completions/clipped_ratio", "held-out answers without an end")]),
+    ]  # fmt: skip
+    return f"""## Real formats (`thumbs`, `gsm8k`)
+
+Checks that the formats go through from file to trained model; nothing is claimed for models this small.
+
+{table(["", "steps", "measured", "CPU s"], rows)}
+```
+{commands("thumbs", ["kto"])}
+{commands("gsm8k", ["sft", "agro"])}
+```
+"""
+
+
+def commands(folder: str, stages: Sequence[str]) -> str:
+    return "\n".join(f"rlft train configs/{folder}/{stage}.yaml seed=0" for stage in stages)
+
+
+SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "polite_pairs": polite_pairs,
+    "word_problems": word_problems,
+    "formats": formats,
+}
+
+
+def write() -> Path:
+    """Write the page from the records that exist."""
+    import torch
+    import transformers
+
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        path = RECORDS / f"{name}.json"
+        if path.is_file():
+            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+    versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    parts.append(
+        f"""## Measured with
+
+Python {platform.python_version()}, {versions}, on
+{os.cpu_count()} cores ({platform.machine()}), one thread per run. The settings are those of the files under `configs/`;
+the command is `make results` (the data folder in `RLFT_DATA`).
+"""
+    )
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    return PAGE
+
+
+if __name__ == "__main__":
+    print(write().relative_to(ROOT), file=sys.stdout)
