@@ -1,7 +1,8 @@
 """What the pages take from the code when the site is built: tables of objectives and settings, links of docstrings.
 
-Used by mkdocs (``hooks`` in mkdocs.yml). ``<!-- objectives -->``, ``<!-- settings -->`` and ``<!-- rewards -->`` in a page
-become tables, and ``:func:`rlft.losses.dpo``` in a docstring becomes a link to where that is documented.
+Used by mkdocs (``hooks`` in mkdocs.yml). ``<!-- objectives -->``, ``<!-- settings -->``, ``<!-- rewards -->`` and
+``<!-- losses -->`` in a page become tables and entries, and a role such as ``:func:`` in a docstring becomes a link to where
+its target is documented.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ API = {
     "models": ["rlft.models"],
     "checkpoint": ["rlft.checkpoint", "rlft.errors"],
 }
-_ROLE = re.compile(r":(?:func|class|mod|meth|data|attr|exc):(?:<code>)([^<]*)(?:</code>)|:(?:func|class|mod|meth|data|attr|exc):`([^`]*)`")  # fmt: skip
+_KIND = r":(?:func|class|mod|meth|data|attr|exc):"
+_ROLE = re.compile(rf"{_KIND}<code>([^<]*)</code>|{_KIND}`([^`]*)`")
 _KINDS = {
     "prompt-completion": "Supervised: prompts with one answer",
     "preference": "Preference pairs",
@@ -50,6 +52,17 @@ WHERE = _where()
 _SHORT: dict[str, list[str]] = {}
 for _full in WHERE:
     _SHORT.setdefault(_full.rpartition(".")[2], []).append(_full)
+
+
+def anchor(name: str) -> str:
+    """The anchor of a documented name on its page; a module is the page itself.
+
+    A loss is found where it is defined: ``rlft.losses.dpo`` is a file as well as a function.
+    """
+    module, _, member = name.rpartition(".")
+    if module == "rlft.losses":
+        return f"#{getattr(importlib.import_module(module), member).__module__}.{member}"
+    return "" if name in {m for modules in API.values() for m in modules} else f"#{name}"
 
 
 def target(role: str) -> str | None:
@@ -85,12 +98,14 @@ def objectives(prefix: str) -> str:
         for e in every:
             if e.data != kind:
                 continue
-            page = "losses" if e.name in losses.__all__ else "objective"
-            anchor = f"rlft.losses.{e.name}" if page == "losses" else "rlft.recipes"
-            hyper = "<br>".join(f"`{word}`" for word in e.hyper.split(", ") if word)
-            rows.append(
-                [f"[`{e.name}`]({prefix}api/{page}.md#{anchor})", _plain(e.formula), hyper, e.policy, e.averaging, _plain(e.paper)]
+            where = (
+                f"losses.md{anchor(f'rlft.losses.{e.name}')}"
+                if e.name in losses.__all__
+                else f"objective.md#rlft.recipes.{e.name}"
             )
+            hyper = "<br>".join(f"`{word}`" for word in e.hyper.split(", ") if word)
+            link = f"[`{e.name}`]({prefix}api/{where})"
+            rows.append([link, _plain(e.formula), hyper, e.policy, e.averaging, _plain(e.paper)])
         if rows:
             head = ["objective", "what it computes", "settings", "samples", "averaging", "paper"]
             parts.append(f"### {_KINDS.get(kind, kind)}\n\n{_table(head, rows)}")
@@ -117,7 +132,15 @@ def settings(prefix: str) -> str:
             kind = str(field.type).replace("Literal", "").replace("typing.", "").replace("|", "\\|")
             kind = re.sub(r"^\[(.*)\]$", r"\1", kind) if kind.startswith("['") else kind
             free = "yes" if field.metadata.get("free") else ""
-            rows.append([f"`{field.name}`", f"`{kind}`", f"`{getattr(defaults, field.name)!r}`", free, _plain(field.metadata["doc"])])
+            rows.append(
+                [
+                    f"`{field.name}`",
+                    f"`{kind}`",
+                    f"`{getattr(defaults, field.name)!r}`",
+                    free,
+                    _plain(field.metadata["doc"]),
+                ]
+            )
         parts.append(f"### {titles.get(group, group)}\n\n" + _table(["setting", "type", "default", "free", ""], rows))
     return "\n\n".join(parts)
 
@@ -131,11 +154,42 @@ def rewards(prefix: str) -> str:
         options = [p for p in inspect.signature(made).parameters.values() if p.name not in ("name", "symbolic")]
         words = "<br>".join(f"`{p.name}`" if p.default is p.empty else f"`{p.name}={p.default!r}`" for p in options)
         first = (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append([f"`{name}`", _plain(first), words, f"[`{made.__name__}`]({prefix}api/rewards.md#rlft.rewards.{made.__name__})"])
+        rows.append(
+            [
+                f"`{name}`",
+                _plain(first),
+                words,
+                f"[`{made.__name__}`]({prefix}api/rewards.md#rlft.rewards.{made.__name__})",
+            ]
+        )
     return _table(["name", "what it pays", "options", "class"], rows)
 
 
-_FILLS: dict[str, Callable[[str], str]] = {"objectives": objectives, "settings": settings, "rewards": rewards}
+_ONE = "{heading_level: 3, show_root_heading: true, show_root_toc_entry: true, show_root_full_path: false}"
+
+
+def every_loss(prefix: str) -> str:
+    """The losses file by file, in the order of their names."""
+    from rlft import losses
+
+    files: dict[str, list[str]] = {}
+    for name in losses.__all__:
+        files.setdefault(getattr(losses, name).__module__, []).append(name)
+    parts = []
+    for module, names in sorted(files.items()):
+        first = (inspect.getdoc(importlib.import_module(module)) or module).split("\n\n")[0].replace("\n", " ")
+        title, _, rest = first.rstrip(".").partition(": ")
+        parts.append(f"## {title}\n\n{rest[:1].upper() + rest[1:] + '.' if rest else ''}")
+        parts += [f"::: {module}.{name}\n    options: {_ONE}" for name in names]
+    return "\n\n".join(parts)
+
+
+_FILLS: dict[str, Callable[[str], str]] = {
+    "objectives": objectives,
+    "settings": settings,
+    "rewards": rewards,
+    "losses": every_loss,
+}
 
 
 # -- mkdocs calls these ----------------------------------------------------------------------------------------------
@@ -182,6 +236,6 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         if found is None:
             return shown
         url = get_relative_url(f"api/{WHERE[found]}/", page.url)
-        return f'<a href="{url}#{found}">{shown}</a>'
+        return f'<a href="{url}{anchor(found)}">{shown}</a>'
 
     return _ROLE.sub(link, html)

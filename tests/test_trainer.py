@@ -526,3 +526,10 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path) ->
         )
         Spy(tiny_llama(), args, train_dataset=PROMPTS, processing_class=char_tokenizer(), reward_funcs=half).train()
         assert sum(used) == expected, (dynamic, used)
+
+
+def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, "sft", ANSWERS).train()
+    other = [*ANSWERS[:-1], {"prompt": "9+9=", "completion": "99"}]
+    with pytest.raises(ConfigError, match="the training data changed"):
+        trainer(tmp_path, "sft", other).train()

@@ -72,7 +72,7 @@ def save_boundary(trainer: Trainer) -> Path:
         tensors |= {"trainable": trainables, "optimizer": moments, "reference": _reference_state(trainer)}
         records |= {
             "optimizer": groups,
-            "trainer": {"step": state.step, **state.counters},
+            "trainer": {"step": state.step, "data": trainer.train_data.fingerprint, **state.counters},
             "config": redact(trainer.config.to_dict()),
         }
     written = checkpoint.save(
@@ -144,6 +144,11 @@ def resume(trainer: Trainer, given: str | bool | None) -> bool:
 
 
 def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+    if found.records["trainer"]["data"] != trainer.train_data.fingerprint:
+        raise ConfigError(
+            f"the training data changed since {found.path} was written (other rows, order, tokenizer or limits); continuing "
+            f"would mix two runs: restore the data, or use another output_dir"
+        )
     if found.manifest.config_hash == trainer.config.digest():
         return
     # compared as JSON: a tuple in memory is a list in the file

@@ -105,6 +105,13 @@ class Config:
         "Text between prompt and answer of plain-text rows, part of the prompt; e.g. a line break.", "", group="data"
     )
     max_prompt_length: int | None = _doc("Tokens of prompt that are kept (its end).", 512, group="data")
+    max_length: int | None = _doc("Tokens of prompt and answer together.", None, group="data")
+    truncation_mode: Literal["keep_end", "keep_start", "skip"] = _doc(
+        "Which end of a long prompt is kept.", "keep_end", group="data"
+    )
+    end_token_ids: list[int] = _doc(
+        "Further tokens that end an answer, such as a chat model's end of turn.", [], group="data"
+    )
     max_completion_length: int = _doc("Tokens of answer that are kept, or generated.", 256, group="data")
     max_bad_fraction: float = _doc("Share of unusable rows above which the run is refused.", 0.01, group="data")
     pair_rewards: list[float] | None = _doc(

@@ -115,6 +115,14 @@ def start(trainer: Trainer, resumed: bool) -> None:
     console = _console()
     title = trainer.config.run_name or trainer.objective.name
     console.print(table(f"rlft: {title}" + (f", resumed at step {trainer.step}" if resumed else ""), facts(trainer)))
+    report = trainer.train_data.report
+    if report.skipped or report.kept != report.rows:
+        print(report)
+    if trainer.train_data.examples[0].completions and sys.stdout.isatty():
+        from rlft.data import preview
+
+        console.print("[bold]one example as it is trained on[/] (prompt dim, trained tokens highlighted)")
+        print(preview(trainer.train_data.examples[0], trainer.tokenizer))
 
 
 @contextlib.contextmanager

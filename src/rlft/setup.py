@@ -114,6 +114,7 @@ def build(
 ) -> Parts:
     """Everything of a run, in the order that fails cheapest first: settings, rewards, data, then models."""
     from rlft import models, rollout
+    from rlft.data import check_overlap
 
     specs = reward_funcs if reward_funcs is not None else config.rewards
     specs = [specs] if callable(specs) or isinstance(specs, (str, Mapping)) else list(specs)
@@ -127,6 +128,8 @@ def build(
     train = _tokenize(config, train_rows, tokenizer, online=bool(specs))
     held_out = _tokenize(config, eval_rows, tokenizer, online=bool(specs)) if eval_rows is not None else None
     _check_data(config, objective, train, online=bool(specs))
+    if held_out is not None:
+        check_overlap(train.examples, held_out.examples)
     rewards = _rewards(config, specs, accelerator.device) if specs else None
 
     with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
@@ -448,6 +451,9 @@ def _tokenize(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any
         tokenizer,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        end_token_ids=config.end_token_ids,
         format=form,
         max_bad_fraction=config.max_bad_fraction,
         separator=config.separator,

@@ -207,6 +207,7 @@ CASES = [
     Case("simpo", {"beta": 2.0, "gamma": 0.5}),
     Case("simpo", {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.1}),
     Case("orpo", BETA),
+    Case("orpo", {"beta": 0.3, "eps": 0.01}),
     Case("cpo", BETA),
     Case("wpo", BETA, exact_gradient=False),
     Case("ipo_md", BETA),

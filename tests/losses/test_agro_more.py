@@ -93,6 +93,24 @@ def test_h1_g1_differs_from_the_plain_term_by_a_zero_mean_term() -> None:
     torch.testing.assert_close(b - a, left_out[:, None].where(mask, 0.0) / 6, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_the_unbiased_baseline_is_the_variance_of_the_others(n: int) -> None:
+    """Row by row: what lr_baseline takes away is n/(n-1) Var(R of the others), for every expansion of the term."""
+    logps, ref, rewards, ids, mask = rows(n, groups=2)
+    beta = 0.4
+    r = rewards - beta * (logps.detach() - ref).where(mask, 0.0).sum(-1)
+    c = torch.stack([r[(ids == ids[i]) & (torch.arange(2 * n) != i)].var() for i in range(2 * n)]) * n / (n - 1)
+    for loss, extra in ((losses.agro_on_policy_lr_token, ()), (losses.agro_on_policy_lr_kl, (torch.ones_like(ref),))):
+        grads = [
+            torch.autograd.grad(
+                loss(logps, ref, *extra, rewards, ids, mask, beta=beta, lr_baseline=baseline).mean(), logps
+            )[0]
+            for baseline in ("none", "unbiased")
+        ]
+        expected = (c / (2 * beta))[:, None].where(mask, 0.0) / (2 * n)
+        torch.testing.assert_close(grads[0] - grads[1], expected, rtol=1e-10, atol=1e-14)
+
+
 def test_token_kl_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="call agro_on_policy_lr_token instead"):
         losses.agro_on_policy_lr_kl(LOGPS, REF, TOKEN_KL, REWARDS, IDS, MASK, beta=0.5, square="h2", linear="g2")

@@ -94,6 +94,8 @@ def test_only_the_policy_receives_gradient(case: Case) -> None:
             assert tensor.grad.abs().sum() > 0, name
         else:
             assert tensor.grad is None, name
+    for name, metric in output.metrics.items():
+        assert not metric.requires_grad, name
 
 
 @every_case
@@ -228,7 +230,12 @@ def test_strides_do_not_matter(case: Case) -> None:
             return tensor.t().contiguous().t()
         return torch.stack([tensor, tensor], dim=1)[:, 0]
 
-    assert_same(case, tensors, {n: strided(t) for n, t in tensors.items()})
+    output, grads = case.gradients(tensors)
+    other, other_grads = case.gradients({n: strided(t) for n, t in tensors.items()})
+    close = {"rtol": 1e-13, "atol": 1e-14}  # vectorised and scalar exp differ in the last bit
+    torch.testing.assert_close(other.loss, output.loss, **close)
+    for name in grads:
+        torch.testing.assert_close(other_grads[name], grads[name], **close)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.log_prob_names], ids=lambda case: case.id)
@@ -243,7 +250,7 @@ def test_extreme_log_probs_are_finite_or_refused(case: Case, far: float) -> None
             output, grads = case.gradients(tensors)
         except ValueError as error:
             assert re.search("overflows? torch.float32", str(error))  # noqa: PT017
-            assert far < -40 or case.name in ("orpo", "p3o")  # probability one; a product over tokens
+            assert far < -40 or case.name == "p3o"  # a product over tokens
         else:
             assert output.loss.isfinite().all()
             assert all(g.isfinite().all() for g in grads.values())

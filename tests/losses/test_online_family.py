@@ -160,6 +160,15 @@ def test_p3o_by_hand() -> None:
     assert joint.metrics["clip_ratio/region"].tolist() == [1, 1]
 
 
+def test_p3o_products_of_strangers_do_not_matter() -> None:
+    """Joint weights are of pairs alone: answers to different prompts may multiply to more than the dtype holds."""
+    logps = torch.full((4, 1), -1.0)
+    old = torch.tensor([[-31.0], [-1.0], [-31.0], [-1.0]])
+    ids, r = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    output = losses.p3o(logps, old, logps, r, ids, torch.ones(4, 1).bool(), beta=0.0, clip_eps=0.2, clipping="joint")
+    assert output.loss.isfinite().all()
+
+
 def test_p3o_on_fresh_samples_is_rloo() -> None:
     logps, _, ref, r, mask = tokens()
     ids = torch.tensor([0, 1, 0, 1])

@@ -255,7 +255,7 @@ def test_orpo_by_hand() -> None:
     p_w = [math.exp(m) for m in (CHOSEN / LENGTHS[0]).tolist()]
     p_l = [math.exp(m) for m in (REJECTED / LENGTHS[1]).tolist()]
     ratios = [math.log(w / (1 - w)) - math.log(x / (1 - x)) for w, x in zip(p_w, p_l, strict=True)]
-    found = losses.orpo(CHOSEN, REJECTED, *LENGTHS, beta=0.3)
+    found = losses.orpo(CHOSEN, REJECTED, *LENGTHS, beta=0.3, eps=0.0)
     expected = [-math.log(w) - 0.3 * logsigmoid(r) for w, r in zip(p_w, ratios, strict=True)]
     assert found.loss.tolist() == pytest.approx(expected, rel=1e-12)
     assert found.metrics["log_odds_chosen"].tolist() == pytest.approx(ratios, rel=1e-12)
@@ -263,19 +263,26 @@ def test_orpo_by_hand() -> None:
     assert found.metrics["nll_loss"].tolist() == pytest.approx([-math.log(w) for w in p_w], rel=1e-12)
 
 
-def test_orpo_is_accurate_at_both_ends_and_refuses_certainty() -> None:
-    one = torch.ones(1, dtype=torch.long)
+def test_orpo_is_accurate_at_both_ends_and_finite_or_refused_at_certainty() -> None:
+    one, even = torch.ones(1, dtype=torch.long), torch.tensor([-0.7])
     for mean in (-1e-6, -1e-3, -40.0):
-        wide = losses.orpo(torch.tensor([mean]).double(), torch.tensor([-0.7]).double(), one, one, beta=1.0)
-        narrow = losses.orpo(torch.tensor([mean]), torch.tensor([-0.7]), one, one, beta=1.0)
-        torch.testing.assert_close(
-            narrow.metrics["log_odds_chosen"].double(), wide.metrics["log_odds_chosen"], rtol=1e-5, atol=1e-6
-        )
+        wide = losses.orpo(torch.tensor([mean]).double(), even.double(), one, one, beta=1.0, eps=0.0)
+        narrow = losses.orpo(torch.tensor([mean]), even, one, one, beta=1.0, eps=0.0)
+        a, b = narrow.metrics["log_odds_chosen"].double(), wide.metrics["log_odds_chosen"]
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert narrow.loss.isfinite().all()
-    with pytest.raises(
-        ValueError, match=r"chosen_logps is 0 at \[0\]: the odds of an answer of probability one overflow"
-    ):
-        losses.orpo(torch.zeros(1), torch.tensor([-0.7]), one, one, beta=1.0)
+    with pytest.raises(ValueError, match=r"chosen_logps is 0 at \[0\]: the odds .* overflow torch.float32; set eps"):
+        losses.orpo(torch.zeros(1), even, one, one, beta=1.0, eps=0.0)
+    for pair in ((0.0, -0.7), (-0.7, 0.0), (0.0, 0.0)):
+        chosen, rejected = (torch.tensor([x], requires_grad=True) for x in pair)
+        output = losses.orpo(chosen, rejected, one, one, beta=1.0)
+        output.mean().backward()
+        assert output.loss.isfinite().all()
+        assert chosen.grad.isfinite().all()
+        assert rejected.grad.isfinite().all()
+    odds = losses.orpo(torch.zeros(1).double(), -torch.tensor([2.0]).log().double(), one, one, beta=1.0, eps=1e-3)
+    expected = math.log(0.999 / 0.001) - math.log(0.4995 / 0.5005)
+    assert odds.metrics["log_odds_chosen"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_log1mexp_and_its_gradient() -> None:

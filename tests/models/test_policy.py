@@ -224,7 +224,7 @@ def test_wishes_that_cannot_be_met_are_refused(want, settings, message) -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="reference must be 'auto', 'none' or a model"):
+    with pytest.raises(ValueError, match="reference must be 'auto', 'copy', 'none' or a model"):
         Policy(tiny_llama(), reference="some/model")
     with pytest.raises(ValueError, match="critic must be 'none', 'shared' or a model"):
         Policy(tiny_llama(), critic="head")

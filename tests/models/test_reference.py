@@ -210,6 +210,20 @@ def test_update_reference(case) -> None:
             policy.update_reference(bad)
 
 
+def test_copy_of_a_fresh_adapter_can_be_moved() -> None:
+    policy, data = Policy(fresh_lora(), reference="copy"), batch()
+    assert policy.reference_kind == "adapter_copy"
+    out = policy(data, want=WANT)
+    assert torch.equal(out["logps"].detach(), out["ref_logps"])
+    perturb(policy.model)
+    before = policy(data, want=WANT)
+    assert before["token_kl"].detach().any()
+    close(before["ref_logps"], out["ref_logps"])
+    policy.update_reference(1.0)
+    close(policy.reference_logps(data), before["logps"].detach())
+    assert Policy(tiny_llama(), reference="copy").reference_kind == "snapshot"
+
+
 def test_update_of_other_kinds_is_refused() -> None:
     model = tiny_llama()
     cases = {

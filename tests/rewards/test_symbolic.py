@@ -125,6 +125,7 @@ def checker():
         (r"(-\infty, 3]", r"(-\infty, 3)", False),
         (r"\{1, \sqrt{4}\}", r"\{2, 1\}", True),
         (r"(1, \sqrt{4})", "(2, 1)", False),
+        (r"(1, \sqrt{4})", "(1, 3)", False),
         (r"\infty", "5", False),
         (r"\frac{1}{0}", "5", False),
         ("nonsense here", "x+1", False),

@@ -89,7 +89,8 @@ def test_what_was_filtered_out_is_never_drawn():
     assert torch.isfinite(logps).all()
     only = torch.full((1, 700), -torch.inf)
     only[0, 600] = -50.0
-    assert [t.item() for t in draw(only, torch.tensor([0.999]).double())] == [600, 0.0]
+    for u in (0.0, 0.5, 1 - 2.0**-53):
+        assert [t.item() for t in draw(only, torch.tensor([u], dtype=torch.float64))] == [600, 0.0]
 
 
 def test_extreme_logits():

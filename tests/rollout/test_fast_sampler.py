@@ -170,3 +170,28 @@ def test_make_sampler():
         make_sampler("builtin", model, tokenizer, max_bach=3)
     with pytest.raises(ValueError, match="max_batch must be >= 1"):
         make_sampler("builtin", model, tokenizer, max_batch=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "merged"), [(torch.float32, 1, True), (torch.float32, 0.001, False), (torch.bfloat16, 1, False)]
+)
+def test_adapters_are_merged_while_sampling_if_that_is_exact_and_fits(dtype, limit, merged):
+    from rlft.models import LoraSettings, add_lora
+
+    model = add_lora(tiny.tiny_llama(dtype=dtype), LoraSettings(r=2))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(layer.merged))
+    sampler = FastSampler(model, tiny.char_tokenizer(), merge_limit_mb=limit)
+
+    class Signal(Exception):
+        pass
+
+    def poll():
+        if len(seen) > 3:
+            raise Signal
+
+    with pytest.raises(Signal):
+        sampler.sample(PROMPTS, 2, SamplingParams(20), seed=0, poll=poll)
+    assert set(seen) == {merged}
+    assert not layer.merged  # undone although sampling was interrupted

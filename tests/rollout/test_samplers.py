@@ -22,6 +22,7 @@ SAMPLERS = {
     "builtin": (FastSampler, {}),
     "builtin, 4 slots": (FastSampler, {"max_batch": 4}),
     "builtin, 1 slot": (FastSampler, {"max_batch": 1}),
+    "builtin, nothing merged": (FastSampler, {"merge_limit_mb": 0}),
     "builtin, 7 slots, one prompt per prefill": (FastSampler, {"max_batch": 7, "max_prefill_tokens": 1}),
 }
 MIXED = SamplingParams(
@@ -255,13 +256,24 @@ def lora(model, **settings):
     return peft_model
 
 
-@pytest.mark.parametrize("kind", ["transformers", "builtin"])
+@pytest.mark.parametrize("kind", ["transformers", "builtin", "builtin, nothing merged"])
 def test_a_peft_model_samples_with_its_adapter_and_live_weights(kind):
     params = SamplingParams(12, stop_token_ids=STOPS)
     base = make(kind, tiny.tiny_llama()).sample(PROMPTS, 2, params, seed=0)
     model = lora(tiny.tiny_llama(), dropout=0.5).train()
     sampler = make(kind, model)
+    before = {
+        name: (parameter, parameter.data_ptr(), parameter.clone()) for name, parameter in model.named_parameters()
+    }
     adapted = sampler.sample(PROMPTS, 2, params, seed=0)
+    for name, parameter in model.named_parameters():
+        old, address, value = before[name]
+        assert parameter is old
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, value)
+    assert not any(getattr(module, "merged_adapters", []) for module in model.modules())
+    with model.disable_adapter():
+        assert sampler.sample(PROMPTS, 2, params, seed=0).completion_ids == base.completion_ids
     merged = make(kind, lora(tiny.tiny_llama()).merge_and_unload()).sample(PROMPTS, 2, params, seed=0)
     assert adapted.completion_ids == merged.completion_ids != base.completion_ids
     assert all(module.training for module in model.modules())

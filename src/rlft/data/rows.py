@@ -311,7 +311,6 @@ def _load_folder(folder: Path, split: str) -> Rows:
         raise ValueError(f"{folder} holds no data file; expected {', '.join(SUFFIXES)}")
     if list(found) == [None]:  # no file says which part it is
         found = {"train": found[None]}
-    found.pop(None, None)
     wanted = next((key for key, words in _SPLIT_WORDS.items() if split in words), split)
     if wanted not in found:
         raise ValueError(f"{folder} has no split {split!r}{_check.suggestion(wanted, [key for key in found if key])}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -65,10 +67,12 @@ def orpo(
     rejected_lengths: Shaped[Tensor, " P"],
     *,
     beta: float,
+    eps: float = 1e-7,
 ) -> LossOutput:
     """``-m_w - beta logsigmoid(log odds_w - log odds_l)``, m mean log-probs, ``log odds = m - log(1 - e^m)``.
 
-    The first term is the negative log-likelihood per token of the chosen answer. No reference.
+    The first term is the negative log-likelihood per token of the chosen answer. No reference. The odds of an answer of
+    probability one are infinite, and rounding makes such answers: ``eps`` replaces e^m by (1 - eps) e^m in the odds.
 
     Args:
         chosen_logps: ``[P]`` log-prob of the chosen answer, summed over its tokens.
@@ -76,29 +80,24 @@ def orpo(
         chosen_lengths: ``[P]`` tokens of the chosen answer, at least 1.
         rejected_lengths: ``[P]`` tokens of the rejected answer, at least 1.
         beta: weight of the odds-ratio term (the paper's lambda), > 0.
+        eps: in [0, 0.5]; bounds the log odds by -log eps and their slope by 1/eps. 0 is the paper's formula.
 
     Returns:
         loss ``[P]``, averaged over pairs; beta times the mean log-probs as implicit rewards, nll_loss, log_odds_ratio
         and log_odds_chosen.
 
     Raises:
-        ValueError: for wrong shapes or dtypes, a length below 1, ``beta`` out of range, or an answer of probability one,
-            whose odds are infinite.
+        ValueError: for wrong shapes or dtypes, a length below 1, hyper-parameters out of range, or at ``eps`` 0 an
+            answer of probability one.
 
     References:
         Hong et al. 2024, arXiv 2403.07691, equations 5 to 7.
     """
     _check.number("beta", beta, low=0.0, open_low=True)
+    _check.number("eps", eps, low=0.0, high=0.5)
     chosen, rejected = _base.pair_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     mean_chosen, mean_rejected = _per_token(chosen, rejected, chosen_lengths, rejected_lengths)
-    for name, mean in (("chosen_logps", mean_chosen), ("rejected_logps", mean_rejected)):
-        if bool((mean.detach() >= 0).any()):
-            where = int((mean.detach() >= 0).nonzero()[0])
-            raise ValueError(
-                f"{name} is {mean[where].item():.3g} at [{where}]: the odds of an answer of probability one overflow "
-                f"{mean.dtype}; drop that pair, or use simpo or cpo"
-            )
-    log_odds = mean_chosen - _base.log1mexp(mean_chosen) - (mean_rejected - _base.log1mexp(mean_rejected))
+    log_odds = _log_odds("chosen_logps", mean_chosen, eps) - _log_odds("rejected_logps", mean_rejected, eps)
     odds_ratio = logsigmoid(log_odds)
     metrics = _metrics(beta, chosen, rejected, mean_chosen, mean_rejected)
     metrics["nll_loss"] = -mean_chosen.detach()
@@ -242,6 +241,17 @@ def wpo(
     metrics["weights"] = weights
     loss = weights * _base.smoothed_logistic(chosen - rejected, label_smoothing)
     return LossOutput(loss=loss, metrics=metrics, reduction="mean")
+
+
+def _log_odds(name: str, mean: Tensor, eps: float) -> Tensor:
+    shrunk = mean.clamp(max=0.0) + math.log1p(-eps)  # rounding can leave a mean log-prob slightly above zero
+    if eps == 0 and bool((shrunk.detach() >= 0).any()):
+        where = int((shrunk.detach() >= 0).nonzero()[0])
+        raise ValueError(
+            f"{name} is {mean[where].item():.3g} at [{where}]: the odds of an answer of probability one overflow "
+            f"{mean.dtype}; set eps to 1e-7, or drop that pair"
+        )
+    return shrunk - _base.log1mexp(shrunk)
 
 
 def _per_token(

@@ -100,8 +100,7 @@ _FRAC = re.compile(
     rf"\\frac\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|\s()([0-9])|()([0-9]))"
     rf"\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|()([0-9]))"
 )
-_PLAIN_NUMBER = re.compile(_PLAIN)
-_GROUPED_NUMBER = re.compile(rf"{_GROUPED}|{_PLAIN}")
+_LITERAL = re.compile(rf"{_GROUPED}|{_PLAIN}")
 _OVER = re.compile(r"\s*/\s*")
 _EXPONENT = re.compile(r"[eE]([+-]?[0-9]+)(?![0-9.])")
 _TIMES_TEN = re.compile(r"\s*(?:\\times|x|X)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+))")
@@ -138,7 +137,7 @@ def _power(text: str) -> Fraction | None:
     return Fraction(10) ** int(text)
 
 
-def _unsigned(text: str, start: int, *, grouped: bool) -> tuple[Number, int] | None:
+def _unsigned(text: str, start: int) -> tuple[Number, int] | None:
     """The longest number that starts at ``start`` (no sign), and where it ends."""
     if match := _MIXED.match(text, start):
         whole, *parts = (match.group(k) for k in range(1, 6))
@@ -158,12 +157,11 @@ def _unsigned(text: str, start: int, *, grouped: bool) -> tuple[Number, int] | N
     if match := _TEN_TO.match(text, start):
         value = _power(match.group(1) or match.group(2))
         return None if value is None else (Number(value), match.end())
-    literal = _GROUPED_NUMBER if grouped else _PLAIN_NUMBER
-    match = literal.match(text, start)
+    match = _LITERAL.match(text, start)
     if match is None or (value := _digits(match.group())) is None:
         return None
     decimal, end = "." in match.group(), match.end()
-    if (over := _OVER.match(text, end)) and (below := literal.match(text, over.end())):
+    if (over := _OVER.match(text, end)) and (below := _LITERAL.match(text, over.end())):
         found = _divide(value, _digits(below.group()))
         return None if found is None else (Number(found, decimal or "." in below.group()), below.end())
     if power := _EXPONENT.match(text, end) or _TIMES_TEN.match(text, end):
@@ -202,10 +200,10 @@ def _only_units(rest: str) -> bool:
     return True
 
 
-def _number(text: str, *, grouped: bool, percent: bool) -> Number | None:
+def _number(text: str, *, percent: bool) -> Number | None:
     sign = _SIGN.match(text)
     assert sign is not None
-    found = _unsigned(text, sign.end(), grouped=grouped)
+    found = _unsigned(text, sign.end())
     if found is None:
         return None
     number, position = found
@@ -256,7 +254,7 @@ def _answer(text: str, *, depth: int, percent: bool) -> Answer | None:
     text = text.strip()
     if not text or depth > MAX_DEPTH:
         return None
-    found = _number(text, grouped=depth == 0, percent=percent)
+    found = _number(text, percent=percent)
     if found is not None:
         return found
     is_set = text.startswith("\\{") and text.endswith("\\}")
@@ -270,15 +268,15 @@ def _answer(text: str, *, depth: int, percent: bool) -> Answer | None:
         return items[0] if len(items) == 1 and not is_set and brackets in ("()", "{}") else Items(items, brackets)
     if depth:
         return None
-    items = _items(_AND.sub(",", text), depth=1, percent=percent, grouped=True)
+    items = _items(_AND.sub(",", text), depth=1, percent=percent, skip_empty=True)
     return Items(items, "") if items is not None and len(items) > 1 else None
 
 
-def _items(text: str, *, depth: int, percent: bool, grouped: bool = False) -> tuple[Answer, ...] | None:
+def _items(text: str, *, depth: int, percent: bool, skip_empty: bool = False) -> tuple[Answer, ...] | None:
     parts = _split(text)
     if parts is None:
         return None
-    if grouped:
+    if skip_empty:  # "1, 2, and 3"
         parts = [part for part in parts if part.strip()]
     items = tuple(_answer(part, depth=depth, percent=percent) for part in parts)
     return None if any(item is None for item in items) else items  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
 from rlft.rollout.types import Rollout, SamplingParams, check_request
+from rlft.rollout.weights import merged_adapters
 
 __all__ = ["FastSampler", "unsupported"]
 
@@ -55,20 +56,33 @@ class FastSampler:
         tokenizer: its EOS ends a row, its padding token fills prompts on the left.
         max_batch: slots, the rows decoded at once.
         max_prefill_tokens: prompt tokens (padding included) that go through the model at once.
+        merge_limit_mb: LoRA adapters are merged while sampling, which saves two matrix products per layer and token, if
+            the weights they adapt, then held twice, are float32 or float64 and take at most so much memory; 0 = never.
+            The weights are bit for bit the same afterwards.
 
     Raises:
         ValueError: for a model whose cache is not made of rows of keys and values (state-space layers,
             encoder-decoders, ...), with the reason; use ``TransformersSampler`` for those.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 128, max_prefill_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_batch: int = 128,
+        max_prefill_tokens: int = 8192,
+        merge_limit_mb: float = 1024,
+    ) -> None:
         _check.number("max_batch", max_batch, low=1)
         _check.number("max_prefill_tokens", max_prefill_tokens, low=1)
+        _check.number("merge_limit_mb", merge_limit_mb, low=0)
         reason = unsupported(model)
         if reason:
             raise ValueError(f"the built-in sampler cannot run this model: {reason}; use the 'transformers' sampler")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_prefill_tokens = int(max_batch), int(max_prefill_tokens)
+        self.merge_limit_mb = merge_limit_mb
         self.end_ids = end_token_ids(model, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
@@ -87,7 +101,7 @@ class FastSampler:
         prompts = check_request(prompt_ids, n, seed)
         model = generating_model(self.model)
         check_context(model, prompts, params.max_new_tokens)
-        with sampling_mode(self.model):
+        with sampling_mode(self.model), merged_adapters(model, max_bytes=int(self.merge_limit_mb * 2**20)):
             loop = DecodeLoop(
                 model,
                 prompts,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rlft.rollout.modes import generating_model
 
-__all__ = ["merged_weights"]
+__all__ = ["merged_adapters", "merged_weights"]
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -56,25 +57,64 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     base = layer.get_base_layer()
-    if layer.merged_adapters:  # the caller merged already: the weights are what they should be
+    if layer.merged_adapters or layer.disable_adapters:  # the weights are already what the model computes with
         yield from _walk(base, prefix)
         return
-    original = {name: parameter.data for name, parameter in base.named_parameters()}
-    for name, tensor in original.items():
-        if not tensor.is_floating_point():
+    for name, parameter in base.named_parameters():
+        if not parameter.is_floating_point():
             raise ValueError(
-                f"parameter {prefix + name!r} is quantised ({tensor.dtype}); sample from a quantised model with the "
+                f"parameter {prefix + name!r} is quantised ({parameter.dtype}); sample from a quantised model with the "
                 f"'builtin' or 'transformers' sampler"
             )
+    restore = _merge(layer)
     try:
-        with torch.no_grad():
-            for name, parameter in base.named_parameters():
-                parameter.data = original[name].clone()
-            layer.merge()
-            found = {name: parameter.data for name, parameter in base.named_parameters()}
+        found = {name: parameter.data for name, parameter in base.named_parameters()}
     finally:
-        for name, parameter in base.named_parameters():
-            parameter.data = original[name]
-        layer.merged_adapters.clear()
+        restore()
     for name, tensor in found.items():
         yield prefix + name, tensor
+
+
+@torch.no_grad()
+def _merge(layer: Any) -> Callable[[], None]:
+    """Merge a LoRA layer's adapters into a copy of its weight; what is returned puts the original back, bit for bit."""
+    parameters = list(layer.get_base_layer().parameters())
+    originals = [parameter.data for parameter in parameters]
+
+    def restore() -> None:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+        layer.merged_adapters.clear()
+
+    try:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original.clone()
+        layer.merge()
+    except BaseException:
+        restore()
+        raise
+    return restore
+
+
+@contextlib.contextmanager
+def merged_adapters(model: Any, *, max_bytes: int) -> Iterator[bool]:
+    """Inside, LoRA layers compute with one merged weight each; after, every weight is bit for bit what it was.
+
+    Nothing is merged, and False is given, when the adapted weights exceed ``max_bytes`` (they are held twice), are in
+    half precision (a small adapter would be rounded away) or are quantised.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merged_adapters")]
+    layers = [m for m in layers if not m.merged_adapters and not m.disable_adapters]
+    weights = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
+    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in weights)
+    if not layers or not exact or sum(parameter.nbytes for parameter in weights) > max_bytes:
+        yield False
+        return
+    undo: list[Callable[[], None]] = []
+    try:
+        for layer in layers:
+            undo.append(_merge(layer))
+        yield True
+    finally:
+        for restore in undo:
+            restore()
