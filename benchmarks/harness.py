@@ -130,9 +130,8 @@ class CaseResult:
 class _Worker:
     """A variant's process, seen from here."""
 
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
-        self.result = VariantResult(variant.name)
+    def __init__(self, variant: Variant, result: VariantResult) -> None:
+        self.variant, self.result = variant, result
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", variant.target, json.dumps(variant.parameters)],
@@ -199,10 +198,9 @@ def measure(case: Case, *, rounds: int | None = None, say: Callable[[str], None]
     try:
         for variant, result in zip(case.variants, results, strict=True):
             if not result.skipped:
-                worker = _Worker(variant)
-                worker.result = result
-                workers.append(worker)
-                worker.receive()
+                workers.append(_Worker(variant, result))
+        for worker in workers:
+            worker.receive()
         for index in range(rounds + 1):
             for worker in workers if index % 2 == 0 else workers[::-1]:
                 report = worker.turn()

@@ -30,8 +30,12 @@ on one machine, in one go. This page is written by that command; edit `benchmark
   share the machine, they are the noisier number.
 - Where variants must compute the same thing, that is checked (sums of outputs and gradient norms, losses after the same
   number of steps, tokens sampled), and a run in which they differ is refused.
-- These are small models on a CPU: what is bought here is less work and less memory. On a GPU the savings in work and
-  memory carry over, the CPU-specific part (page faults of large temporary tensors) does not.
+- These are small models on a CPU. The savings in work (each prompt prefilled once for all its answers, only answer tokens
+  scored, the reference scored in the same pass over the head, no recomputation in the backward pass) and in memory belong
+  to any device. What does not carry over: page faults of large temporary tensors cost much on a CPU, and TRL's fused head
+  is written for Triton, so that its torch fallback is what is measured here; on a CPU that fallback also scores prompts.
+- Answers of random models have the full length, which favours samplers that wait for the slowest row; the case with
+  ragged answers is closer to practice.
 
 ## Versions
 

@@ -151,8 +151,15 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dt
 
     resumed = [torch.nn.Parameter(weight.clone()) for weight in weights]
     other = OPTIMIZERS[kind](resumed)
-    other.param_groups[0]["lr"] = 123.0 if kind != "adamw_tensor_lr" else torch.tensor(123.0)
-    _step(other, [torch.nn.Parameter(torch.zeros(1))], 9)  # must not matter
+    _step(other, resumed, 99)  # what it knew before must be gone
+    with torch.no_grad():
+        for parameter, weight in zip(resumed, weights, strict=True):
+            parameter.copy_(weight)
+    for group in other.param_groups:
+        group["lr"] = torch.tensor(123.0) if kind == "adamw_tensor_lr" else 123.0
+        group["weight_decay"] = 77.0
+        if "betas" in group:
+            group["betas"] = (0.1, 0.2)
     checkpoint.optimizer_from_tensors(other, NAMES, tensors, record)
     assert repr([{k: v for k, v in g.items() if k != "params"} for g in other.param_groups]) == repr(
         [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

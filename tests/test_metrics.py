@@ -332,6 +332,17 @@ def test_the_log_after_a_resume_is_that_of_an_uninterrupted_run(
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_half_a_line_is_removed_when_the_log_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    with MetricsLog(path) as log:
+        log.write(2, {"loss": 1.0})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 1.0}]
+    path.write_bytes(b"half" * 50_000)  # longer than one block of the search for its beginning
+    with MetricsLog(path) as log:
+        assert log.offset == 0
+
+
 def test_offset_forgets_rows_of_the_same_step_written_later(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "m") as log:
         log.write(1, {"loss": 1.0})

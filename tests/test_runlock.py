@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -267,7 +266,5 @@ print("done")
 def test_kill_at_every_instant_of_taking_the_lock(tmp_path: Path) -> None:
     names = sorted(name for name in failpoints_in_source() if name.startswith("run."))
     assert len(names) > 15
-    started = time.monotonic()
     out, error = _child(KILLED, tmp_path, ",".join(names)).communicate(timeout=120)
     assert out == "done\n", error
-    assert time.monotonic() - started < 60

@@ -78,7 +78,7 @@ ONLINE = [
     ("grpo", {"epsilon": 0.2, "beta": 0.04}),
     ("dr_grpo", {"objective_args": {"length": 6}}),
     ("dapo", {}),
-    ("grpo_plus", {"mask_truncated_completions": True, "stop_token_ids": list(range(10, 60))}),
+    ("grpo_plus", {"mask_truncated_completions": True, "stop_token_ids": list(range(40, 90, 3))}),
     ("ppo", {}),
     ("agro_off_policy", {"beta": 0.05}),
     ("agro_on_policy", {"beta": 0.05}),
@@ -104,6 +104,7 @@ def test_offline_objectives_train(tmp_path: Path, objective: str, rows: list[Any
     values = t.train()
     assert math.isfinite(values["loss"])
     assert values["grad_norm"] > 0
+    assert not [name for name, value in values.items() if math.isnan(value)]
     assert moved(before, weights(t)) >= {
         n for n, p in t.policy.named_parameters() if p.requires_grad and p.ndim > 1 and "embed" not in n
     }
@@ -287,6 +288,58 @@ def test_a_signal_inside_sampling_loses_no_step(tmp_path: Path) -> None:
     assert digest(resumed, tmp_path / "cut") == digest(whole, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_signal_inside_an_evaluation_repeats_that_evaluation_and_nothing_else(tmp_path: Path, at: int) -> None:
+    """Evaluations are at steps 0, 2 and 4 and at the end; the at-th one is cut short."""
+    calls = {"n": 0}
+
+    def run(folder: Path, cut: bool) -> Trainer:
+        def digits(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+            if len(completions) == 3:  # the held-out prompts
+                calls["n"] += 1
+                if cut and calls["n"] == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return digits_reward(completions)
+
+        args = settings(
+            folder,
+            "rloo",
+            beta=0.05,
+            online=True,
+            max_steps=5,
+            eval_steps=2,
+            eval_on_start=True,
+            per_device_eval_batch_size=3,
+        )
+        held_out = [{"prompt": f"{i}-{i}="} for i in range(6)]
+        return Trainer(
+            tiny_llama(),
+            args,
+            train_dataset=PROMPTS,
+            eval_dataset=held_out,
+            processing_class=char_tokenizer(),
+            reward_funcs=digits,
+        )
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", True).train()
+    resumed = run(tmp_path / "cut", False)
+    resumed.train()
+    whole = run(tmp_path / "whole", False)
+    whole.train()
+    assert digest(resumed, tmp_path / "cut") == digest(whole, tmp_path / "whole")
+
+
+def test_an_older_checkpoint_on_request_replaces_what_came_after_it(tmp_path: Path) -> None:
+    whole = trainer(tmp_path, "dpo", PAIRS, beta=0.1, max_steps=5, save_steps=2, save_total_limit=None)
+    whole.train()
+    expected = digest(whole, tmp_path)
+    again = trainer(tmp_path, "dpo", PAIRS, beta=0.1, max_steps=5, save_steps=2, save_total_limit=None)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert digest(again, tmp_path) == expected
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     first = trainer(tmp_path, "sft", ANSWERS)
     first.train()
@@ -311,7 +364,7 @@ def test_evaluating_changes_no_training_result(tmp_path: Path) -> None:
         tiny_llama(),
         args,
         train_dataset=PROMPTS,
-        eval_dataset=PROMPTS[:3],
+        eval_dataset=[{"prompt": f"{i}-{i}="} for i in range(3)],
         processing_class=char_tokenizer(),
         reward_funcs=digits_reward,
     )

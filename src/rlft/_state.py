@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlft import checkpoint, display
 from rlft._redact import redact
 from rlft.config import ConfigError
 from rlft.metrics import MetricsLog, MetricSums
-from rlft.runlock import RunLock
+from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Light", "export", "light", "locked", "open_log", "resume", "save", "save_boundary"]
 
 
-_COUNTERS = ("tokens_seen", "unscored_steps", "rollouts")
+_COUNTERS = ("tokens_seen", "unscored_steps", "rollouts", "evaluated_at", "finished")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def light(trainer: Trainer) -> Light:
     """The cheap part of the state, taken before each step so that an interrupted one loses nothing."""
     return Light(
         trainer.step,
-        {name: getattr(trainer, name) for name in _COUNTERS},
+        {name: getattr(trainer, name) for name in _COUNTERS} | {"log_offset": trainer.metrics_log.offset},
         copy.copy(trainer.source.state()),
         checkpoint.rng_state(),
         trainer.replay.state_dict() if trainer.replay is not None else None,
@@ -62,14 +63,16 @@ def save_boundary(trainer: Trainer) -> Path:
     """Write a checkpoint of the last boundary: the weights have not moved since, whatever was begun after it."""
     state = trainer._boundary
     assert state is not None
-    trainables = trainer.policy.trainable_state()
+    trainer.metrics_log.sync()
+    # collective where the model is sharded: every process takes part
+    trainables, reference = trainer.policy.trainable_state(), _reference_state(trainer)
     moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, _optimizer_names(trainer))
     tensors: dict[str, dict[str, Tensor]] = {"rng": state.rng[0], "source": state.source[0]}
     records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
     if state.replay is not None:
         tensors["replay"], records["replay"] = state.replay
     if trainer.is_main:
-        tensors |= {"trainable": trainables, "optimizer": moments, "reference": _reference_state(trainer)}
+        tensors |= {"trainable": trainables, "optimizer": moments, "reference": reference}
         records |= {
             "optimizer": groups,
             "trainer": {"step": state.step, "data": trainer.train_data.fingerprint, **state.counters},
@@ -106,17 +109,23 @@ def export(trainer: Trainer) -> None:
     shutil.rmtree(trainer.run_dir / ".old-model", ignore_errors=True)
 
 
-def resume(trainer: Trainer, given: str | bool | None) -> bool:
-    """Load the newest sound checkpoint of the run, or the one that was asked for. Returns whether one was loaded."""
+def resume(trainer: Trainer, given: str | bool | None) -> int | None:
+    """Load the newest sound checkpoint of the run, or the one that was asked for.
+
+    Returns:
+        Where its metrics log ended, in bytes; None when there is nothing to resume.
+    """
     wish = trainer.config.resume if given is None else {True: "auto", False: "never"}.get(given, given)  # type: ignore[call-overload]
     if wish == "never":
-        return False
+        return None
     if wish == "auto":
         found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
         if found is None:
-            return False
+            return None
     else:
         found = checkpoint.load(wish, rank=trainer.rank)
+        if trainer.is_main:  # an older one was asked for: what came after it is another history
+            checkpoint.discard_newer(trainer.run_dir, found.step)
     _check_same_run(trainer, found)
     if found.manifest.world_size != trainer.world_size:
         display.warn(
@@ -140,7 +149,7 @@ def resume(trainer: Trainer, given: str | bool | None) -> bool:
         setattr(trainer, name, record[name])
     if "rng" in found.own:  # last: building anything above may draw random numbers
         checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
-    return True
+    return record["log_offset"]
 
 
 def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
@@ -177,22 +186,51 @@ def _optimizer_names(trainer: Trainer) -> list[str]:
 @contextlib.contextmanager
 def locked(trainer: Trainer) -> Iterator[None]:
     """Hold the run's folder: two runs cannot share one."""
-    if not trainer.is_main:
-        trainer.accelerator.wait_for_everyone()
-        yield
-        return
-    with RunLock(trainer.run_dir, config_hash=trainer.config.digest(), resume=trainer.config.resume != "never"):
-        checkpoint.remove_stale(trainer.run_dir)
-        trainer.accelerator.wait_for_everyone()
-        yield
-
-
-def open_log(trainer: Trainer) -> MetricsLog:
-    """The run's metrics.jsonl, cut back to the step that was resumed; trackers are started."""
-    log = MetricsLog(trainer.run_dir / "metrics.jsonl", enabled=trainer.is_main)
-    log.truncate_to(trainer.step)
+    lock = RunLock(
+        trainer.run_dir,
+        trainer.config.identity(),
+        config_hash=trainer.config.digest(),
+        resume=trainer.config.resume != "never",
+    )
+    failure: Exception | None = None
     if trainer.is_main:
-        (trainer.run_dir / "config.json").write_text(json.dumps(redact(trainer.config.to_dict()), indent=2) + "\n")
+        try:
+            lock.acquire()
+        except RunLockError as error:
+            failure = error
+    # the other processes must hear of a refusal before anyone waits for anyone
+    refused = trainer.accelerator.reduce(
+        torch.tensor([float(failure is not None)], device=trainer.device), reduction="sum"
+    )
+    if failure is not None:
+        raise failure
+    if float(refused.sum()) > 0:
+        raise RunLockError(f"process 0 could not take {trainer.run_dir}; see its own error")
+    try:
+        if trainer.is_main:
+            checkpoint.remove_stale(trainer.run_dir)
+        trainer.accelerator.wait_for_everyone()
+        yield
+    finally:
+        if trainer.is_main:
+            lock.release()
+
+
+def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
+    """The run's metrics.jsonl, cut back to where the resumed checkpoint left it; trackers are started."""
+    log = MetricsLog(trainer.run_dir / "metrics.jsonl", enabled=trainer.is_main)
+    log.truncate_to(trainer.step, offset or 0)
+    if trainer.is_main:
+        text = json.dumps(redact(trainer.config.to_dict()), indent=2)
+        (trainer.run_dir / "config.json").write_text(text + "\n")
+        report = trainer.train_data.report
+        facts = {
+            "rows": report.rows,
+            "kept": report.kept,
+            "skipped": report.skipped,
+            "format": trainer.train_data.format,
+        }
+        (trainer.run_dir / "summary.json").write_text(json.dumps({"data": facts}, indent=2) + "\n")
     plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
     trainer.accelerator.init_trackers("rlft", config=plain)
     return log

@@ -76,6 +76,9 @@ class MetricSums:
     def add_output(self, output: LossOutput, token_mask: Tensor, *, prefix: str = "") -> None:
         """All metrics of a loss, each under the mask that fits its shape.
 
+        NaN is a loss's word for "does not apply" (the reward of a chosen answer in a row that was not chosen) and is
+        left out; that the loss itself is finite is checked where the step is applied.
+
         Args:
             output: what the loss returned.
             token_mask: ``[B, T]`` the batch's mask.
@@ -93,7 +96,8 @@ class MetricSums:
                     f"{list(output.loss.shape)} nor the batch {list(token_mask.shape)}; return one entry per token, "
                     f"per row or per pair, or a scalar"
                 )
-            self.add(prefix + name, values, mask)
+            applies = ~values.detach().isnan()
+            self.add(prefix + name, values, applies if mask is None else mask & applies)
 
     def merge(self, other: MetricSums) -> None:
         """Take in everything that another accumulator has seen."""

@@ -100,8 +100,11 @@ class Trainer:
         self.tokens_seen = 0
         self.unscored_steps = 0
         self.rollouts = 0
+        self.evaluated_at = -1
+        self.finished = False
         self.run_dir = Path(self.config.output_dir)
         self.metrics: MetricSums = MetricSums()
+        self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", enabled=False)
         self._signalled: int | None = None
         self._boundary: _state.Light | None = None
 
@@ -148,37 +151,53 @@ class Trainer:
             Interrupted: after SIGTERM or SIGUSR1; the run was saved.
         """
         with _state.locked(self), self._signals():
-            resumed = _state.resume(self, resume_from_checkpoint)
+            offset = _state.resume(self, resume_from_checkpoint)
             if self.is_main:
-                display.start(self, resumed)
-            if self.step >= self.plan.total_steps:
+                display.start(self, resumed=offset is not None)
+            if self.finished:
                 display.say(self, f"this run is complete ({self.step} steps); nothing to do")
                 return {}
-            log = _state.open_log(self)
-            last: dict[str, float] = {}
-            if self.config.self_checks and not resumed:
+            self.metrics_log = _state.open_log(self, offset)
+            self._boundary = _state.light(self)
+            if self.config.self_checks and offset is None:
                 setup.self_check(self)
-            if self.config.eval_on_start and self.step == 0 and self.eval_data is not None:
-                last |= self._evaluate_and_log(log)
             try:
-                with display.progress(self) as bar:
-                    while self.step < self.plan.total_steps:
-                        last |= self._one_step(log)
-                        bar(last)
-                if self.eval_data is not None and (
-                    self.config.eval_steps is None or self.step % self.config.eval_steps
-                ):
-                    last |= self._evaluate_and_log(log)
-                _state.save(self)
-                _state.export(self)
+                last = self._loop()
             except Interrupted:
                 _state.save_boundary(self)
                 raise
+            if self.config.report and self.is_main:
+                from rlft.report import write_report
+
+                write_report(self.run_dir, self.run_dir / "report.html")
             self._call("end", last)
             display.end(self, last)
         return last
 
-    def _one_step(self, log: MetricsLog) -> dict[str, float]:
+    def _loop(self) -> dict[str, float]:
+        last: dict[str, float] = {}
+        if self._evaluation_due():
+            last |= self._evaluate_and_log()
+        with display.progress(self) as bar:
+            while self.step < self.plan.total_steps:
+                last |= self._one_step()
+                bar(last)
+        if self.eval_data is not None and self.evaluated_at != self.step:
+            last |= self._evaluate_and_log()
+        self.finished = True
+        _state.save(self)
+        _state.export(self)
+        return last
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step's evaluation is still to be done: one that a signal cut short is done after the resume."""
+        if self.eval_data is None or self.evaluated_at == self.step:
+            return False
+        if self.step == 0:
+            return self.config.eval_on_start
+        return bool(self.config.eval_steps) and self.step % (self.config.eval_steps or 1) == 0
+
+    def _one_step(self) -> dict[str, float]:
         self._boundary = _state.light(self)
         started = time.perf_counter()
         values = self.train_step()
@@ -188,11 +207,11 @@ class Trainer:
         values |= {"step_time": time.perf_counter() - started, "num_tokens": float(self.tokens_seen)}
         if self.step % self.config.logging_steps == 0 or self.step == self.plan.total_steps:
             values = self._flush_metrics() | values
-            self.log(values, log)
+            self.log(values)
         self._call("step", values)
-        if self.config.eval_steps and self.eval_data is not None and self.step % self.config.eval_steps == 0:
+        if self._evaluation_due():
             self._boundary = _state.light(self)
-            values |= self._evaluate_and_log(log)
+            values |= self._evaluate_and_log()
         if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.plan.total_steps:
             _state.save(self)
         self.poll(boundary=True)
@@ -354,7 +373,7 @@ class Trainer:
         """Metrics on held-out data, prefixed ``eval_``. Offline: the objective's; online: rewards of greedy answers."""
         return evaluate.run(self, eval_dataset)
 
-    def log(self, values: dict[str, float], log: MetricsLog) -> None:
+    def log(self, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, and to the trackers.
 
         Args:
@@ -362,7 +381,7 @@ class Trainer:
             log: the run's metrics.jsonl.
         """
         if self.is_main:
-            log.write(self.step, values)
+            self.metrics_log.write(self.step, values)
         self.accelerator.log({k: v for k, v in values.items() if _finite(v)}, step=self.step)
 
     def save_model(self, folder: str | Path) -> None:
@@ -406,9 +425,10 @@ class Trainer:
         self.metrics = MetricSums()
         return values
 
-    def _evaluate_and_log(self, log: MetricsLog) -> dict[str, float]:
+    def _evaluate_and_log(self) -> dict[str, float]:
         values = self.evaluate()
-        self.log(values, log)
+        self.log(values)
+        self.evaluated_at = self.step
         self._call("evaluate", values)
         return values
 

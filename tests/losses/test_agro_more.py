@@ -111,6 +111,30 @@ def test_the_unbiased_baseline_is_the_variance_of_the_others(n: int) -> None:
         torch.testing.assert_close(grads[0] - grads[1], expected, rtol=1e-10, atol=1e-14)
 
 
+def test_the_unbiased_baseline_needs_three_scored_rows() -> None:
+    """With one of three unscored there is no variance of the others left, and nothing is taken away."""
+    logps, ref, rewards, ids, mask = rows(3)
+    rewards[1] = torch.nan
+    grads = [
+        torch.autograd.grad(
+            losses.agro_on_policy_lr_token(logps, ref, rewards, ids, mask, beta=0.4, lr_baseline=b).mean(), logps
+        )[0]
+        for b in ("none", "unbiased")
+    ]
+    assert torch.equal(grads[0], grads[1])
+    assert grads[0].abs().sum() > 0.01
+
+
+def test_causal_term_by_hand() -> None:
+    """S before each token: [0, .5], [0, (-.75)], [0, -.5]; A = .5625, -.1875, -.375; the second token alone changes."""
+    _, gradient, _ = golden(losses.agro_on_policy_lr_causal)
+    past = [(0.5 - (-0.75 - 0.5) / 2) ** 2, 0.0, (-0.5 - (0.5 - 0.75) / 2) ** 2]
+    squares = [0.5625**2, 0.1875**2, 0.375**2]
+    expected = [[a / 6, (a - BETA**2 * p) / 6] for a, p in zip(squares, past, strict=True)]
+    expected[1][1] = 0.0  # masked
+    torch.testing.assert_close(gradient - table(OFF), table(expected), rtol=1e-13, atol=1e-15)
+
+
 def test_token_kl_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="call agro_on_policy_lr_token instead"):
         losses.agro_on_policy_lr_kl(LOGPS, REF, TOKEN_KL, REWARDS, IDS, MASK, beta=0.5, square="h2", linear="g2")

@@ -228,3 +228,22 @@ def test_nothing_unpickles_while_loading(saved: Path) -> None:
         active[0] = False
     assert len(list((saved.parent / "other").glob("*.safetensors"))) > 1
     assert seen == []
+
+
+def test_hub_models_are_asked_for_without_pickles_and_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked: dict = {}
+
+    def from_pretrained(name: str, **options):
+        asked.update(options, name=name)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="no network"):
+        load_causal_lm("some/model", revision="abc", dtype="bfloat16")
+    assert asked["name"] == "some/model"
+    assert asked["use_safetensors"] is True
+    assert asked["trust_remote_code"] is False
+    assert asked["revision"] == "abc"
+    assert asked["dtype"] == torch.bfloat16

@@ -41,7 +41,7 @@ def test_adapter_round_trip(kind, settings, tmp_path) -> None:
     perturb(policy, seed=4)
     expected = policy(data, want=LOGPS | {"values"})
     policy.save_pretrained(tmp_path / "out")
-    names = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "README.md"}
     assert "rlft_reference" not in json.dumps(json.loads((tmp_path / "out/adapter_config.json").read_text()))
     loaded = load_causal_lm(tmp_path / "out")

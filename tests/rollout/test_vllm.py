@@ -173,6 +173,9 @@ def test_sampling_requests(vllm):
     assert len(out) == 15
     assert sampler.sample(PROMPTS, 3, params, seed=4) == out
     assert sampler.sample(PROMPTS, 3, params, seed=5) != out
+    assert (
+        sampler.sample(PROMPTS, 1, params, seed=4).completion_ids == out.completion_ids[::3]
+    )  # rows in order of index
     for ids, finished in zip(out.completion_ids, out.finished, strict=True):
         assert finished == (ids[-1] in (*STOPS, tiny.EOS_ID))
 
