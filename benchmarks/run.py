@@ -75,11 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             result = measure(case, rounds=options.rounds, say=lambda line: print(line, file=sys.stderr))
             results.append(result.as_dict())
             print(f"\n{case.name}\n{table(results[-1])}", flush=True)
-    command = " ".join(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])])
+    flags = [f"--{name}" for name in ("quick",) if getattr(options, name)]
+    flags += [f"--{name} {value}" for name in ("only", "rounds") if (value := getattr(options, name))]
     digits = [] if options.only else accuracy.rows(quick=options.quick)
     if digits:
         print(f"\naccuracy\n{accuracy_table(digits)}", flush=True)
-    record = {"versions": versions(), "command": command.strip(), "cases": results, "accuracy": digits}
+    record = {
+        "versions": versions(),
+        "command": " ".join(["python -m benchmarks.run", *flags]),
+        "cases": results,
+        "accuracy": digits,
+    }
     # A part, or figures that mean nothing, must not replace the page of a whole run by accident.
     target = options.output or (ROOT / "docs" if not (options.quick or options.only) else None)
     if target is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,12 @@ _KINDS = {
     "preference (reward model)": "Reward models",
     "unpaired": "Answers with a thumb up or down",
     "groups with rewards": "Groups with rewards: sampled online, or ranked rows",
+    "own loop": "For your own loop",
 }
+_OWN_LOOP = (
+    "These need tensors that the trainer does not make: a judge's win rates, a teacher's KL, moments under the policy that "
+    "sampled. Call them yourself, or fill `Batch.extras` in `Trainer.prepare`."
+)
 
 
 def _where() -> dict[str, str]:
@@ -78,13 +84,33 @@ def target(role: str) -> str | None:
 
 def _plain(text: str) -> str:
     """A docstring's line as Markdown: code instead of roles and double backticks."""
-    text = re.sub(r":\w+:`~?([^`]*)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
-    return text.replace("``", "`").replace("|", "\\|").strip()
+    text = re.sub(r":\w+:`~?([^`]*)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text).replace("``", "`")
+    parts = text.split("`")  # a bar splits a cell, unless it stands in code
+    return "`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(parts)).strip()
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _kind(entry: Any) -> str:
+    """The kind of data an objective is listed under."""
+    from rlft import _terms
+    from rlft.types import Batch
+
+    made = {
+        *_terms.FORWARD,
+        *_terms.PAIR,
+        *Batch.__dataclass_fields__,
+        "scores",
+        "kl_baseline",
+        "old_values",
+        "start_values",
+    }
+    if set(entry.tensors) - made:
+        return "own loop"
+    return "preference" if entry.data == "prompt-completion" and "group_ids" in entry.tensors else entry.data
 
 
 def objectives(prefix: str) -> str:
@@ -96,7 +122,7 @@ def objectives(prefix: str) -> str:
     for kind in dict.fromkeys([*_KINDS, *(e.data for e in every)]):
         rows = []
         for e in every:
-            if e.data != kind:
+            if _kind(e) != kind:
                 continue
             where = (
                 f"losses.md{anchor(f'rlft.losses.{e.name}')}"
@@ -105,16 +131,18 @@ def objectives(prefix: str) -> str:
             )
             hyper = "<br>".join(f"`{word}`" for word in e.hyper.split(", ") if word)
             link = f"[`{e.name}`]({prefix}api/{where})"
-            rows.append([link, _plain(e.formula), hyper, e.policy, e.averaging, _plain(e.paper)])
+            paper = f"<br><small>{_plain(e.paper)}</small>" if e.paper else ""
+            rows.append([link, _plain(e.formula) + paper, hyper, e.policy, e.averaging])
         if rows:
-            head = ["objective", "what it computes", "settings", "samples", "averaging", "paper"]
-            parts.append(f"### {_KINDS.get(kind, kind)}\n\n{_table(head, rows)}")
+            head = ["objective", "what it computes", "settings", "samples", "averaging"]
+            note = f"{_OWN_LOOP}\n\n" if kind == "own loop" else ""
+            parts.append(f"### {_KINDS.get(kind, kind)}\n\n{note}{_table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def settings(prefix: str) -> str:
     """One table per group of settings, from Config.groups()."""
-    from rlft.config import Config
+    from rlft.config import Config, _type_name
 
     titles = {
         "objective": "What is optimised",
@@ -125,23 +153,19 @@ def settings(prefix: str) -> str:
         "steps": "Steps",
         "output": "Watching and saving",
     }
-    defaults, parts = Config(), []
+    defaults, hints, parts = Config(), typing.get_type_hints(Config), []
     for group, fields in Config.groups().items():
         rows = []
         for field in fields:
-            kind = str(field.type).replace("Literal", "").replace("typing.", "").replace("|", "\\|")
-            kind = re.sub(r"^\[(.*)\]$", r"\1", kind) if kind.startswith("['") else kind
-            free = "yes" if field.metadata.get("free") else ""
-            rows.append(
-                [
-                    f"`{field.name}`",
-                    f"`{kind}`",
-                    f"`{getattr(defaults, field.name)!r}`",
-                    free,
-                    _plain(field.metadata["doc"]),
-                ]
-            )
-        parts.append(f"### {titles.get(group, group)}\n\n" + _table(["setting", "type", "default", "free", ""], rows))
+            default = getattr(defaults, field.name)
+            free = " *(free)*" if field.metadata.get("free") else ""
+            words = [
+                _type_name(hints[field.name]),
+                "" if default is None else f"`{default!r}`",
+                _plain(field.metadata["doc"]) + free,
+            ]
+            rows.append([f"`{field.name}`", *words])
+        parts.append(f"### {titles.get(group, group)}\n\n" + _table(["setting", "value", "default", ""], rows))
     return "\n\n".join(parts)
 
 
@@ -151,7 +175,7 @@ def rewards(prefix: str) -> str:
 
     rows = []
     for name, made in sorted(BUILTIN_REWARDS.items()):
-        options = [p for p in inspect.signature(made).parameters.values() if p.name not in ("name", "symbolic")]
+        options = [p for p in inspect.signature(made).parameters.values() if p.name != "name"]
         words = "<br>".join(f"`{p.name}`" if p.default is p.empty else f"`{p.name}={p.default!r}`" for p in options)
         first = (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
         rows.append(
@@ -225,7 +249,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Roles of docstrings become links."""
+    """Roles of docstrings become links; the double colon before an example becomes one."""
     from mkdocs.utils import get_relative_url
 
     def link(match: re.Match[str]) -> str:
@@ -238,4 +262,4 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         url = get_relative_url(f"api/{WHERE[found]}/", page.url)
         return f'<a href="{url}{anchor(found)}">{shown}</a>'
 
-    return _ROLE.sub(link, html)
+    return _ROLE.sub(link, html).replace("::</p>", ":</p>")

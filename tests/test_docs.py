@@ -338,7 +338,8 @@ def test_tables_hold_everything(hooks: ModuleType) -> None:
     assert all(f"`{reward}`" in hooks.rewards("") for reward in BUILTIN_REWARDS)
     assert all(f"{getattr(losses, loss).__module__}.{loss}\n" in hooks.every_loss("") for loss in losses.__all__)
     for made in (table, settings, hooks.rewards("")):
-        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in made.splitlines() if row.startswith("|")}
+        plain = re.sub(r"`[^`]*`", "", made)  # a bar in code splits no cell
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in plain.splitlines() if row.startswith("|")}
         assert len(widths) <= 2, "a cell holds a bare |"
         assert ":func:" not in made
 

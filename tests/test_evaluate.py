@@ -120,8 +120,8 @@ def test_imitating_bad_answers_is_refused(tmp_path: Path, rows: list[Any], messa
 
 
 def test_separator_belongs_to_the_prompt(tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1=", "completion": "2"}] * 4
+    rows = [{"prompt": f"1+{i}=", "completion": str(1 + i)} for i in range(4)]
     t = trainer(tmp_path, "sft", rows, None, separator="#")
     example = t.train_data.examples[0]
-    assert t.tokenizer.decode(example.prompt_ids) == "1+1=#"
-    assert t.tokenizer.decode(example.completions[0].ids[:-1]) == "2"
+    assert t.tokenizer.decode(example.prompt_ids) == "1+0=#"
+    assert t.tokenizer.decode(example.completions[0].ids[:-1]) == "1"

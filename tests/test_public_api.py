@@ -76,6 +76,8 @@ def _default(value: Any) -> str:
 
 def changes(old: list[str], new: list[str]) -> list[str]:
     """What a caller of ``old`` would notice: gone, moved, renamed, another default, or a new one that is required."""
+    freed = {word.partition("=")[0]: word for word in new}  # what had to be given may get a default
+    old = [freed.get(word, word) if "=" not in word else word for word in old]
     before, after = (p[: p.index("*")] if "*" in p else p for p in (old, new))
     found = [f"{word} is gone or changed" for word in old if word not in new]
     kept = [word for word in after if word in before]
@@ -119,11 +121,13 @@ def test_the_record_is_that_of_this_version() -> None:
     [
         (["a", "b", "*", "c", "d=1"], None),
         (["a", "b", "*", "c", "d=1", "e=2"], None),
+        (["a", "b=0", "*", "c=0", "d=1"], None),
         (["a", "b", "*", "e=2", "c", "d=1"], None),
         (["b", "a", "*", "c", "d=1"], "order"),
         (["a", "*", "c", "d=1"], "b is gone"),
         (["a", "x", "*", "c", "d=1"], "x is new and required"),
         (["a", "b", "*", "c", "d=2"], "d=1 is gone or changed"),
+        (["a", "b", "*", "c", "d"], "d=1 is gone or changed"),
         (["a", "*", "b", "c", "d=1"], "no longer positional"),
         (["a", "b", "*", "c", "d=1", "e"], "e is new and required"),
         (["a", "x=1", "b", "*", "c", "d=1"], "before old ones"),

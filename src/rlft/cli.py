@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     from rlft._redact import redact
-    from rlft.errors import Interrupted
+    from rlft.errors import Interrupted, TrainingError
 
     print(f"rlft: {redact(str(error))}", file=sys.stderr)
     if isinstance(error, Interrupted):
         return INTERRUPTED
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, TrainingError):
         return REFUSED
     if not type(error).__module__.startswith("rlft"):
         print(f"({type(error).__name__}; --traceback shows where)", file=sys.stderr)

@@ -21,7 +21,7 @@ __all__ = ["ALGORITHMS", "digit_rows", "main", "run_seed"]
 
 DIGITS = 8
 HELD_OUT = 400
-SFT_STEPS = 60
+SFT_STEPS = 70
 RL_STEPS = 60
 MODEL = {
     "model_type": "llama",

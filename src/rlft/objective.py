@@ -379,7 +379,9 @@ def entropy_bonus(entropy: Tensor, mask: Tensor) -> LossOutput:
 entropy_bonus.reduction = "token_mean"  # type: ignore[attr-defined]
 
 
-def _sampled_kl_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor, *, value: str, gradient: str) -> LossOutput:
+def _sampled_kl_loss(
+    logps: Tensor, ref_logps: Tensor, mask: Tensor, *, value: kl.KLValue, gradient: kl.KLGradient
+) -> LossOutput:
     estimate = kl.penalty(logps, ref_logps, mask, value=value, gradient=gradient)
     return LossOutput(estimate, {"kl": estimate.detach()}, "token_mean", mask)
 

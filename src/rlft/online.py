@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import reduce
+from rlft import _guard, reduce
 from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
 from rlft.types import Batch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fill_constants", "no_grad_outputs", "rollout", "score", "to_batch"]
 
+#: Generations in a row with nothing but equal rewards after which the log says so.
+EQUAL_STEPS = 10
 #: Columns that are handed to reward functions under names of their own, or are no data of theirs.
 _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state"}
 
@@ -63,7 +65,9 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
     if trainer.replay is not None:
         sampled, rewards = trainer.replay.mix(examples, sampled, rewards, seed=seed)
     _record_samples(trainer, sampled, rewards, n)
-    return to_batch(trainer, examples, sampled, rewards)
+    batch = to_batch(trainer, examples, sampled, rewards)
+    _watch_masked(trainer, batch)
+    return batch
 
 
 def score_rollout(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout, *, prefix: str = "") -> Tensor:
@@ -188,6 +192,7 @@ def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int)
     usable = counts > 1
     trainer.metrics.add("reward_std", spread, usable)
     trainer.metrics.add("frac_reward_zero_std", (spread == 0).double(), usable)
+    _watch_equal(trainer, (spread == 0) & usable, usable)
     lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
     finished = torch.tensor(sampled.finished)
     everything = torch.ones_like(finished)
@@ -196,6 +201,41 @@ def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int)
     trainer.metrics.add_max("completions/max_length", lengths)
     trainer.metrics.add("completions/mean_terminated_length", lengths, finished)
     trainer.metrics.add("completions/clipped_ratio", (~finished).double(), everything)
+
+
+def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
+    """Groups whose answers all earn the same have no advantage: said once, and once more when it goes on."""
+    count, groups = int(equal.sum()), int(usable.sum())
+    trainer.equal_steps = trainer.equal_steps + 1 if groups and count == groups else 0
+    if not count or trainer.config.num_generations < 2:
+        return
+    _guard.told(
+        trainer,
+        "equal",
+        f"step {trainer.step + 1}: {count} of {groups} groups earn equal rewards, so their advantage is 0 "
+        f"(frac_reward_zero_std counts them; dynamic_sampling: true draws others)",
+    )
+    if trainer.equal_steps == EQUAL_STEPS:
+        _guard.told(
+            trainer,
+            "all equal",
+            f"step {trainer.step + 1}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
+            f"teach nothing; look at a printed answer (log_completions), use easier or harder prompts, more "
+            f"num_generations (now {trainer.config.num_generations}), or dynamic_sampling: true",
+        )
+
+
+def _watch_masked(trainer: Trainer, batch: Batch) -> None:
+    alive = batch.mask.any(-1)
+    trainer.all_masked = not bool(alive.any())
+    if not bool(alive.all()):
+        _guard.told(
+            trainer,
+            "masked",
+            f"step {trainer.step + 1}: {int((~alive).sum())} of {batch.num_rows} answers have no token to train on "
+            f"(no end within max_completion_length={trainer.config.max_completion_length}) and contribute 0; "
+            f"completions/clipped_ratio counts them",
+        )
 
 
 def _watch_unscored(trainer: Trainer, rewards: Tensor) -> None:

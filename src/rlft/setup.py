@@ -148,8 +148,7 @@ def build(
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     models.check_trainable(policy)
-    optimizer = optimizer or _adamw(config, policy)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    wrapped, adam = accelerator.prepare(policy, optimizer or _adamw(config, policy))
     if specs and sampler is None:
         sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
     replay = None
@@ -160,7 +159,7 @@ def build(
         tokenizer=tokenizer,
         policy=policy,
         model=wrapped,
-        optimizer=getattr(optimizer, "optimizer", optimizer),
+        optimizer=getattr(adam, "optimizer", adam),
         train_data=train,
         eval_data=held_out,
         rewards=rewards,
@@ -377,7 +376,7 @@ def _accelerator(config: Config) -> Any:
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision='fp16' needs a CUDA device; use 'no' or 'bf16'")
-    trackers = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
+    trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
 
 
@@ -471,7 +470,7 @@ def _rewards(config: Config, specs: list[Any], device: torch.device) -> Any:
             scorer.scorer.to(device)
             functions.append(scorer)
         else:
-            functions.append(load_reward(spec))
+            functions.append(load_reward(str(spec) if isinstance(spec, Path) else spec))
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import _state, display, evaluate, setup
+from rlft import _guard, _state, display, evaluate, setup
 from rlft.config import Config
 from rlft.errors import Interrupted, TrainingError
 from rlft.metrics import MetricsLog, MetricSums
@@ -99,6 +99,9 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.unscored_steps = 0
+        self.equal_steps = 0
+        self.all_masked = False
+        self.told: set[str] = set()
         self.rollouts = 0
         self.evaluated_at = -1
         self.finished = False
@@ -219,19 +222,21 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
-        micro_batches = self._equal_counts(self.source.next(self.step))
-        denominators = self.count(micro_batches)
-        started = time.perf_counter()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.compute_loss(batch, denominators)
-                # DistributedDataParallel averages gradients over processes; the denominators are global already
-                self.accelerator.backward(part * self.world_size)
-            loss += part.detach().double()
-        loss = self.accelerator.reduce(loss, reduction="sum")
-        norm = self.optimizer_step(float(loss), update=bool((denominators > 0).any()))
+        with _guard.explained(self):
+            micro_batches = self._equal_counts(self.source.next(self.step))
+            denominators = self.count(micro_batches)
+            update = self._anything_to_learn(denominators)
+            started = time.perf_counter()
+            loss = torch.zeros((), dtype=torch.float64, device=self.device)
+            for index, batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                    part = self.compute_loss(batch, denominators)
+                    # DistributedDataParallel averages gradients over processes; the denominators are global already
+                    self.accelerator.backward(part * self.world_size)
+                loss += part.detach().double()
+            loss = self.accelerator.reduce(loss, reduction="sum")
+        norm = self.optimizer_step(float(loss), update=update)
         return {
             "loss": float(loss),
             "grad_norm": norm,
@@ -300,7 +305,7 @@ class Trainer:
             The gradient norm before clipping.
 
         Raises:
-            TrainingError: when loss or gradient is not finite; nothing was applied.
+            TrainingError: when loss, gradient or an updated weight is not finite; nothing was applied.
         """
         limit = self.config.max_grad_norm
         norm = float(
@@ -318,9 +323,26 @@ class Trainer:
                 rate = self._rate(self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-            self.optimizer.step()
+            self._apply(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _apply(self, norm: float) -> None:
+        """The optimizer's step; one that leaves a weight that is not finite is taken back."""
+        undo = _guard.undo_for(self.optimizer, norm)
+        with _guard.explained(self):
+            self.optimizer.step()
+        bad = _guard.not_finite(self.model, self.accelerator)
+        if bad is None:
+            return
+        if undo is not None:
+            undo.back()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
+        raise TrainingError(
+            f"step {self.step + 1}: the update left {bad} not finite; {state}. Lower learning_rate (now "
+            f"{self.optimizer.param_groups[0]['lr']:g}); the newest checkpoint is intact: the same command resumes from it"
+        )
 
     def _rate(self, step: int) -> float:
         c = self.config
@@ -407,6 +429,20 @@ class Trainer:
             raise Interrupted(self.step)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
+    def _anything_to_learn(self, denominators: Tensor) -> bool:
+        """Whether the step has anything to train on; a generation whose answers are all masked stops the run."""
+        if bool((denominators > 0).any()):
+            return True
+        masked = torch.tensor([float(self.all_masked)], device=self.device)
+        if float(self.accelerator.reduce(masked, reduction="sum")) == self.world_size:
+            raise TrainingError(
+                f"step {self.step + 1}: no token of the whole batch is trained on: every answer was masked, as those "
+                f"without an end are with mask_truncated_completions. Raise max_completion_length (now "
+                f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
+            )
+        _guard.told(self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are")
+        return False
+
     def _equal_counts(self, micro_batches: list[Batch]) -> list[Batch]:
         """As many micro-batches on every process: sharded forward passes wait for each other. Empty ones are masked."""
         batches = [b.to(self.device) for b in micro_batches]
@@ -426,7 +462,8 @@ class Trainer:
         return values
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        values = self.evaluate()
+        with _guard.explained(self, "per_device_eval_batch_size"):
+            values = self.evaluate()
         self.log(values)
         self.evaluated_at = self.step
         self._call("evaluate", values)

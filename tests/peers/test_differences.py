@@ -133,10 +133,20 @@ def test_orpo_learns_answers_alone() -> None:
     prompt = torch.full((len(mask), 3), -4.0, dtype=torch.float64)
     theirs = standin.whole_step("orpo", pairs.logps, mask, prompt_logps=prompt, beta=0.3)
     even = Pairs(pairs.logps, pairs.ref_logps, mask)
-    ours = losses.orpo(*even.sums[:2], *even.lengths, beta=0.3).mean()
+    ours = losses.orpo(*even.sums[:2], *even.lengths, beta=0.3, eps=0.0).mean()
     with_prompt = -torch.cat([prompt[:5], pairs.logps[:5]], dim=1).mean()
     assert differ(ours, theirs, pairs.logps)
     assert_agree(ours + even.means[0].mean() + with_prompt, theirs, pairs.logps)
+
+
+def test_orpo_survives_certain_answers() -> None:
+    certain = torch.tensor([0.0, -0.5], dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    theirs = standin.orpo(certain, other, beta=0.3).sum()
+    assert not gradients(theirs, certain)[0].isfinite().all()
+    ours = losses.orpo(certain, other, torch.ones(2), torch.ones(2), beta=0.3).mean()
+    assert ours.isfinite()
+    assert gradients(ours, certain)[0].isfinite().all()
 
 
 def test_simpo_has_no_likelihood_term() -> None:

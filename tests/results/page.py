@@ -31,7 +31,9 @@ and the largest. CPU seconds are those of one run on one thread, imports left ou
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """``mean (smallest to largest)``."""
+    """``mean (smallest to largest)``; of one value, the value."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
@@ -122,9 +124,10 @@ the same for {384 - unseen} of 384), so the accuracy on the other {unseen} is sh
 """
 
 
-WORD_NOTE = """All three draw the same 80 generations of 32 problems x 8 answers. RLOO and GRPO take one update from each; AGRO takes two,
-which is what it is for: its advantages are worked out again under the policy of the moment. With one update per generation
-its gradient equals RLOO's exactly. (`rloo` here also takes its log-ratio from the policy of the moment, so with
+WORD_NOTE = """\
+All three draw the same 80 generations of 32 problems x 8 answers. RLOO and GRPO take one update from each; AGRO takes
+two, which is what it is for: its advantages are worked out again under the policy of the moment. With one update per
+generation its gradient equals RLOO's exactly. (`rloo` here also takes its log-ratio from the policy of the moment, so with
 `num_iterations: 2` and the same beta it would equal AGRO again; libraries whose RLOO keeps the log-ratios of the policy that
 sampled differ from it after the first update.) So the rows compare two updates per answer with one, not two gradients."""
 
@@ -166,7 +169,7 @@ def formats(records: Sequence[Record]) -> str:
     ]  # fmt: skip
     return f"""## Real formats (`thumbs`, `gsm8k`)
 
-Checks that the formats go through from file to trained model; nothing is claimed for models this small.
+Checks, on one seed, that the formats go through from file to trained model; nothing is claimed for models this small.
 
 {table(["", "steps", "measured", "CPU s"], rows)}
 ```bash

@@ -75,11 +75,13 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
     }  # fmt: skip
 
 
-def each_seed(job: Callable[[Path, int], dict[str, Any]], folder: Path, name: str) -> list[dict[str, Any]]:
+def each_seed(
+    job: Callable[[Path, int], dict[str, Any]], folder: Path, name: str, seeds: Sequence[int] = SEEDS
+) -> list[dict[str, Any]]:
     """``job(folder, seed)`` for every seed, two at a time; records in ``runs/results/<name>.json``."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(job, folder / f"seed-{seed}", seed) for seed in SEEDS]
+        futures = [pool.submit(job, folder / f"seed-{seed}", seed) for seed in seeds]
         records = [future.result() for future in futures]
     save(name, records)
     return records

@@ -34,7 +34,7 @@ def test_word_problems(tmp_path: Path) -> None:
 
 def test_real_formats(tmp_path: Path) -> None:
     """Files in, trained models out."""
-    records = runs.each_seed(runs.formats, tmp_path, "formats")
+    records = runs.each_seed(runs.formats, tmp_path, "formats", seeds=(0,))
     page.write()
     for record in records:
         assert record["kto"]["eval_rewards/chosen"] > record["kto"]["eval_rewards/rejected"], record

@@ -27,6 +27,14 @@ def test_options():
     assert isinstance(reward, SoftOverlong)
     assert (reward.max_length, reward.cache) == (10, 5)
     assert isinstance(load_reward("math", tolerance=0.1), MathVerifier)
+    pytest.importorskip("sympy")
+    verifier = load_reward({"name": "math", "symbolic": True})
+    verifier.symbolic.timeout = 20.0
+    assert verifier(completions=["#### 1 + x", "#### x"], answer=["x + 1", "x + 1"]) == [1.0, 0.0]
+    verifier.symbolic.close()
+
+
+def test_a_pattern_is_an_option():
     assert load_reward("regex", pattern="a+")(completions=["aa"]) == [1.0]
 
 

@@ -10,6 +10,7 @@ from rlft.rewards.answers import parse_answer
 from rlft.rewards.load import BUILTIN_REWARDS, load_reward
 from rlft.rewards.reward_set import RewardError, RewardFunction, RewardOutput, RewardSet
 from rlft.rewards.shaping import LengthReward, RegexReward, RepetitionPenalty, SoftOverlong, TagFormat
+from rlft.rewards.symbolic import SymbolicChecker
 from rlft.rewards.text import completion_text
 from rlft.rewards.verifiers import EquationVerifier, ExactMatch, MathVerifier
 
@@ -26,6 +27,7 @@ __all__ = [
     "RewardOutput",
     "RewardSet",
     "SoftOverlong",
+    "SymbolicChecker",
     "TagFormat",
     "completion_text",
     "load_reward",

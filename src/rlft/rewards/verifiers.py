@@ -36,8 +36,9 @@ class MathVerifier:
             else), ``"last_number"``, or ``"none"`` (it scores 0).
         tolerance: relative; used only where one side was written as a decimal. 0 compares exactly.
         percent_is_ratio: whether ``50%`` is 1/2, or the sign is dropped like a unit (GSM8K references want that).
-        symbolic: ``(answer, reference) -> bool | None``, asked when one side is no number: see
-            :class:`rlft.rewards.symbolic.SymbolicChecker`. None: a reference that is no number is unscorable.
+        symbolic: asked when one side is no number: True for a :class:`~rlft.rewards.SymbolicChecker` (extra
+            ``rlft[math]``), or any ``(answer, reference) -> bool | None``. False: a reference that is no number is
+            unscorable.
         name: the metric name.
 
     Raises:
@@ -51,7 +52,7 @@ class MathVerifier:
         fallback: str = "whole",
         tolerance: float = 0.0,
         percent_is_ratio: bool = True,
-        symbolic: Callable[[str, str], bool | None] | None = None,
+        symbolic: bool | Callable[[str, str], bool | None] = False,
         name: str = "math_reward",
     ) -> None:
         if fallback not in FALLBACKS:
@@ -63,7 +64,11 @@ class MathVerifier:
         _check.number("tolerance", tolerance, low=0.0)
         self._markers = tuple(re.compile(re.escape(marker), re.IGNORECASE) for marker in markers)
         self.fallback, self.tolerance, self.percent_is_ratio = fallback, tolerance, percent_is_ratio
-        self.symbolic = symbolic
+        self.symbolic: Callable[[str, str], bool | None] | None = symbolic if callable(symbolic) else None
+        if symbolic is True:
+            from rlft.rewards.symbolic import SymbolicChecker
+
+            self.symbolic = SymbolicChecker()
         self.__name__ = name
         self._warned = False
 

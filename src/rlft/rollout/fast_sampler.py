@@ -35,7 +35,7 @@ def unsupported(model: Any) -> str | None:
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    rope_types = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
     if rope_types & _BATCH_DEPENDENT_ROPE:
         return f"its {', '.join(sorted(rope_types & _BATCH_DEPENDENT_ROPE))} rotary positions depend on the batch"
     if "past_key_values" not in inspect.signature(inner.forward).parameters:

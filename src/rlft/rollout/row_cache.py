@@ -26,27 +26,34 @@ class _RowLayer(DynamicLayer):
         super().__init__()
         self.rows = 0
         self.columns = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def _expose(self) -> None:
-        assert self._keys is not None
-        assert self._values is not None
-        self.keys = self._keys[: self.rows, :, : self.columns]
-        self.values = self._values[: self.rows, :, : self.columns]
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``[slots, heads, columns, head_dim]`` each."""
+        assert self._buffers is not None, "rows are admitted before anything else"
+        return self._buffers
+
+    @property
+    def capacity(self) -> int | None:
+        """Columns there is memory for; None before the first admission."""
+        return None if self._buffers is None else self._buffers[0].shape[2]
+
+    def _expose(self) -> tuple[Tensor, Tensor]:
+        """Make the live part what attention and the other methods of the base class see."""
+        found = [buffer[: self.rows, :, : self.columns] for buffer in self.buffers]
+        self.keys, self.values = found
+        return found[0], found[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token per live row; the keys and values of every column so far."""
-        added = key_states.shape[-2]
-        assert self._keys is not None, "rows are admitted before the first step"
-        if self.columns + added > self._keys.shape[2]:
-            self.relayout(self.columns, capacity=int((self.columns + added) * _GROWTH))
-        where = slice(self.columns, self.columns + added)
-        self._keys[: self.rows, :, where] = key_states
-        self._values[: self.rows, :, where] = value_states
-        self.columns += added
-        self._expose()
-        return self.keys, self.values
+        until = self.columns + key_states.shape[-2]
+        if until > self.buffers[0].shape[2]:
+            self.relayout(self.columns, capacity=int(until * _GROWTH))
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, self.columns : until] = states
+        self.columns = until
+        return self._expose()
 
     def relayout(self, columns: int, *, capacity: int) -> None:
         """Make live rows end at ``columns``, in a buffer of at least ``capacity`` columns.
@@ -54,45 +61,39 @@ class _RowLayer(DynamicLayer):
         What then no longer fits on the left is dropped; the caller knows that it is masked. Columns that become free on
         the left hold old or zero numbers: never uninitialised memory, whose NaN would survive a weight of zero.
         """
-        assert self._keys is not None
-        assert self._values is not None
         kept = min(columns, self.columns)
-        old_columns = slice(self.columns - kept, self.columns)
-        for name in ("_keys", "_values"):
-            old = new = getattr(self, name)
-            moved = old[: self.rows, :, old_columns]
+        new = []
+        for old in self.buffers:
+            moved = old[: self.rows, :, self.columns - kept : self.columns]
             if capacity > old.shape[2]:
-                new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
-                setattr(self, name, new)
+                old = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
             else:
                 moved = moved.clone()  # source and target overlap
-            new[: self.rows, :, columns - kept : columns] = moved
+            old[: self.rows, :, columns - kept : columns] = moved
+            new.append(old)
+        self._buffers = (new[0], new[1])
         self.columns = columns
         self._expose()
 
     def admit(self, layer: Any, source: Int[Tensor, " M"], *, slots: int, capacity: int) -> None:
         """Append rows, copied from the rows ``source`` of a prefilled layer, ending where the live ones end."""
-        if self._keys is None:
-            self.lazy_initialization(layer.keys, layer.values)
-            shape = (slots, layer.keys.shape[1], capacity)
-            self._keys = layer.keys.new_zeros((*shape, layer.keys.shape[3]))
-            self._values = layer.values.new_zeros((*shape, layer.values.shape[3]))
-        assert self._values is not None
+        given = (layer.keys, layer.values)
+        if self._buffers is None:
+            self.lazy_initialization(*given)
+            keys, values = (s.new_zeros((slots, s.shape[1], capacity, s.shape[3])) for s in given)
+            self._buffers = (keys, values)
         width = min(layer.keys.shape[2], self.columns)
-        to = slice(self.rows, self.rows + len(source))
-        columns = slice(self.columns - width, self.columns)
-        self._keys[to, :, columns] = layer.keys[source, :, layer.keys.shape[2] - width :]
-        self._values[to, :, columns] = layer.values[source, :, layer.values.shape[2] - width :]
+        rows = slice(self.rows, self.rows + len(source))
+        for buffer, states in zip(self.buffers, given, strict=True):
+            buffer[rows, :, self.columns - width : self.columns] = states[source, :, states.shape[2] - width :]
         self.rows += len(source)
         self._expose()
 
     def move(self, source: Int[Tensor, " M"], target: Int[Tensor, " M"], rows: int) -> None:
         """Copy rows ``source`` over rows ``target`` and keep the first ``rows``."""
-        assert self._keys is not None
-        assert self._values is not None
         if len(source):
-            self._keys[target, :, : self.columns] = self.keys[source]
-            self._values[target, :, : self.columns] = self.values[source]
+            for buffer in self.buffers:
+                buffer[target, :, : self.columns] = buffer[source, :, : self.columns]
         self.rows = rows
         self._expose()
 
@@ -106,13 +107,14 @@ class RowCache(Cache):
     """
 
     def __init__(self, layers: int, slots: int) -> None:
-        super().__init__(layers=[_RowLayer() for _ in range(layers)])
+        self._rows = [_RowLayer() for _ in range(layers)]
+        super().__init__(layers=list(self._rows))
         self.slots = slots
 
     @property
     def columns(self) -> int:
         """How many columns there are: the next token's key goes to the one after the last."""
-        return self.layers[0].columns
+        return self._rows[0].columns
 
     def admit(self, prefilled: Cache, source: Int[Tensor, " M"], *, columns: int, reserve: int) -> None:
         """Add rows from a prefilled cache, after making the live rows end at ``columns``.
@@ -124,19 +126,19 @@ class RowCache(Cache):
             reserve: columns to allocate beyond, when memory is allocated anyway.
         """
         self.relayout(columns, reserve=reserve)
-        for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
+        for mine, theirs in zip(self._rows, prefilled.layers, strict=True):
             mine.admit(theirs, source, slots=self.slots, capacity=columns + reserve)
 
     def relayout(self, columns: int, *, reserve: int) -> None:
         """Make live rows end at ``columns``."""
-        for layer in self.layers:
-            if layer._keys is None:
+        for layer in self._rows:
+            if layer.capacity is None:
                 layer.columns = columns
             elif columns != layer.columns:
-                capacity = layer._keys.shape[2]
-                layer.relayout(columns, capacity=capacity if columns <= capacity else columns + reserve)
+                fits = columns <= layer.capacity
+                layer.relayout(columns, capacity=layer.capacity if fits else columns + reserve)
 
     def move(self, source: Int[Tensor, " M"], target: Int[Tensor, " M"], rows: int) -> None:
         """Copy rows ``source`` over rows ``target``, then keep the first ``rows``."""
-        for layer in self.layers:
+        for layer in self._rows:
             layer.move(source, target, rows)

@@ -165,7 +165,7 @@ class VLLMSampler:
 
 def _import_vllm() -> Any:
     try:
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ImportError(
             "the 'vllm' sampler needs vLLM, which is not installed: pip install 'rlft[vllm]' (Linux with a GPU), "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlft.rollout.modes import generating_model
 
@@ -39,7 +39,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.detach()
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _walk(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     # Only a model that was given adapters has these classes, so peft is not imported for the others.
     if hasattr(module, "get_base_layer") and hasattr(module, "merged_adapters"):
         yield from _merged(module, prefix)

@@ -1,0 +1,144 @@
+"""What stands between one bad step and the weights: errors that name the step, updates that are taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlft.errors import TrainingError
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["BadBatchError", "Undo", "explained", "not_finite", "told", "undo_for"]
+
+logger = logging.getLogger("rlft")
+
+#: Updates below this cannot carry a sane float32 weight to infinity.
+_REACH = 1e20
+
+
+class BadBatchError(TrainingError, ValueError):
+    """A batch that the objective refuses, in the middle of a run."""
+
+
+def told(trainer: Trainer, key: str, text: str) -> None:
+    """One line in the log of ``rlft``, from the main process, once per run and key."""
+    if trainer.is_main and key not in trainer.told:
+        trainer.told.add(key)
+        logger.warning(text)
+
+
+@contextlib.contextmanager
+def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") -> Iterator[None]:
+    """Turn what goes wrong inside a step into an error that names the step and the remedy; the gradient is dropped.
+
+    Args:
+        trainer: the run.
+        setting: the batch size that the memory depends on.
+
+    Raises:
+        TrainingError: out of memory.
+        BadBatchError: tensors that the objective refuses.
+    """
+    try:
+        yield
+    except (TrainingError, BadBatchError):
+        trainer.optimizer.zero_grad(set_to_none=True)
+        raise
+    except ValueError as error:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        raise BadBatchError(
+            f"step {trainer.step + 1}: {error} (the step was not applied; the weights are those of step {trainer.step})"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if not _out_of_memory(error):
+            raise
+        raise TrainingError(_memory_message(trainer, setting, error)) from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in words
+        or "can't allocate memory" in words
+    )
+
+
+def _memory_message(trainer: Trainer, setting: str, error: BaseException) -> str:
+    c = trainer.config
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    ways = [f"lower {setting}"]
+    if setting == "per_device_train_batch_size":
+        ways[0] += " and raise gradient_accumulation_steps by the same factor (the step stays the same)"
+    ways += ["set gradient_checkpointing: true"] if not c.gradient_checkpointing else []
+    ways += ["set use_peft: true"] if not c.use_peft else []
+    ways += [f"shorten max_completion_length (now {c.max_completion_length})"]
+    return (
+        f"step {trainer.step + 1}: out of memory with {setting}={getattr(c, setting)} on {trainer.device} ({said}); "
+        f"the step was not applied. {', or '.join(ways)}. The newest checkpoint is intact: the same command resumes from it"
+    )
+
+
+# -- updates --------------------------------------------------------------------------------------------------------------
+class Undo:
+    """A copy of what an optimizer step changes.
+
+    Args:
+        optimizer: about to take a step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+        self.state = {p: {name: _copied(value) for name, value in s.items()} for p, s in optimizer.state.items()}
+
+    @torch.no_grad()
+    def back(self) -> None:
+        """Put weights and moments back, bit for bit."""
+        for parameter, before in self.weights:
+            parameter.copy_(before)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def undo_for(optimizer: torch.optim.Optimizer, norm: float) -> Undo | None:
+    """A copy to go back to, where the update might overflow; None where arithmetic says that it cannot.
+
+    Adam moves a weight by a few learning rates at most, and SGD by learning rate times gradient: with finite gradients
+    and ordinary settings no copy is spent. An optimizer that is not known is not trusted.
+
+    Args:
+        optimizer: about to take a step.
+        norm: of the gradient, finite.
+    """
+    if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        return Undo(optimizer)
+    for group in optimizer.param_groups:
+        reach = float(group["lr"]) * (1.0 + float(group["weight_decay"])) * max(1.0, norm)
+        if not reach / max(1e-6, 1.0 - float(group.get("momentum", 0.0))) < _REACH or group.get("eps", 1.0) <= 0:
+            return Undo(optimizer)
+    return None
+
+
+def not_finite(module: nn.Module, accelerator: Any) -> str | None:
+    """The name of a trained tensor that holds NaN or infinity, on any process; None when all are finite."""
+    trained = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    largest: Any = nn.utils.get_total_norm([p for _, p in trained], float("inf"))
+    largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest
+    bad = (~torch.isfinite(largest)).float().reshape(1)
+    if float(accelerator.reduce(bad, reduction="sum")) == 0:  # one process must not stop alone
+        return None
+    return next((name for name, p in trained if not bool(torch.isfinite(p).all())), "a weight of another process")
