@@ -215,7 +215,7 @@ def test_a_users_column_becomes_a_parameter() -> None:
     loss, _ = objective.compute(outputs, batch, objective.denominators(batch))
     rows = (-outputs["logps"]).where(batch.mask, 0).sum(-1) / batch.mask.sum(-1) * torch.arange(16)
     torch.testing.assert_close(loss, rows.mean(), rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match=r"needs 'difficulty'.*add a dataset column"):
+    with pytest.raises(ValueError, match=r"needs 'difficulty'.*add a numeric dataset column"):
         objective.compute(outputs, batch.replace(extras={}), objective.denominators(batch))
 
 

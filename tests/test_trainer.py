@@ -586,3 +586,39 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     other = [*ANSWERS[:-1], {"prompt": "9+9=", "completion": "99"}]
     with pytest.raises(ConfigError, match="the training data changed"):
         trainer(tmp_path, "sft", other).train()
+
+
+def test_a_numeric_column_reaches_the_objective_that_names_it(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+
+    def weighted(logps: Tensor, difficulty: Tensor, mask: Tensor) -> Tensor:
+        seen.append(difficulty.tolist())
+        return -logps * difficulty[:, None]
+
+    rows = [{**row, "difficulty": i / 2} for i, row in enumerate(ANSWERS)]
+    t = Trainer(
+        tiny_llama(),
+        settings(tmp_path, "", max_steps=3),
+        objective=weighted,
+        train_dataset=rows,
+        processing_class=char_tokenizer(),
+    )
+    t.train()
+    assert sorted(v for batch in seen[1:] for v in batch) == [i / 2 for i in range(12)], (
+        "after the probe, each row once"
+    )
+    bad = [{**row, "difficulty": "hard"} for row in ANSWERS]
+    with pytest.raises(ValueError, match=r"column 'difficulty'.*one number per prompt.*'hard'"):
+        Trainer(
+            tiny_llama(),
+            settings(tmp_path / "b", "", max_steps=1),
+            objective=weighted,
+            train_dataset=bad,
+            processing_class=char_tokenizer(),
+        ).train()
+
+
+def test_dropout_can_be_left_on(tmp_path: Path) -> None:
+    model = tiny_gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    t = trainer(tmp_path, "dpo", PAIRS, model=model, beta=1.0, max_steps=1, disable_dropout=False)
+    assert abs(t.train()["loss"] - math.log(2)) > 1e-3

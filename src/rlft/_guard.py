@@ -49,19 +49,16 @@ def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") ->
     """
     try:
         yield
-    except (TrainingError, BadBatchError):
+    except Exception as error:
         trainer.optimizer.zero_grad(set_to_none=True)
+        own = type(error).__module__.startswith("rlft.")
+        if isinstance(error, ValueError) and not own:
+            raise BadBatchError(
+                f"step {trainer.step + 1}: {error} (the step was not applied; the weights are those of step {trainer.step})"
+            ) from error
+        if _out_of_memory(error) and not own:
+            raise TrainingError(_memory_message(trainer, setting, error)) from error
         raise
-    except ValueError as error:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        raise BadBatchError(
-            f"step {trainer.step + 1}: {error} (the step was not applied; the weights are those of step {trainer.step})"
-        ) from error
-    except (RuntimeError, MemoryError) as error:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        if not _out_of_memory(error):
-            raise
-        raise TrainingError(_memory_message(trainer, setting, error)) from error
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -196,7 +196,9 @@ def locked(trainer: Trainer) -> Iterator[None]:
     if trainer.is_main:
         try:
             lock.acquire()
+            _check_space(trainer)
         except RunLockError as error:
+            lock.release()
             failure = error
     # the other processes must hear of a refusal before anyone waits for anyone
     refused = trainer.accelerator.reduce(
@@ -214,6 +216,19 @@ def locked(trainer: Trainer) -> Iterator[None]:
     finally:
         if trainer.is_main:
             lock.release()
+
+
+def _check_space(trainer: Trainer) -> None:
+    """Refuse a disk that could not take one checkpoint (weights, two moments, the exported model)."""
+    trained = sum(p.numel() * p.element_size() for p in trainer.policy.parameters() if p.requires_grad)
+    exported = sum(p.numel() * p.element_size() for p in trainer.policy.hf_model.parameters())
+    needed = 3 * trained + (trained if trainer.config.use_peft else exported)
+    free = shutil.disk_usage(trainer.run_dir).free
+    if free < needed:
+        raise RunLockError(
+            f"{trainer.run_dir} has {free / 2**20:.1f} MiB free and one checkpoint takes about {needed / 2**20:.1f} MiB; "
+            f"free some space, or choose another output_dir"
+        )
 
 
 def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:

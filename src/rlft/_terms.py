@@ -13,7 +13,7 @@ from torch import Tensor
 from rlft import reduce
 from rlft.types import Batch, LossOutput
 
-__all__ = ["FORWARD", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
+__all__ = ["FORWARD", "MADE", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
 
 LossFunction = Callable[..., LossOutput | Tensor]
 
@@ -32,6 +32,12 @@ PAIR = {
     "margins": "margin",
     "chosen_win_rates": "win_rates",
 }
+
+
+#: Every quantity that the trainer makes; any other name is looked up in ``Batch.extras``, which dataset columns fill.
+MADE = frozenset(
+    {*FORWARD, *PAIR, *PAIR.values(), *Batch.__dataclass_fields__, "kl_baseline", "old_values", "start_values"}
+) - {"win_rates", "extras"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
     )
     raise ValueError(
         f"objective {objective!r} needs {key!r}, and neither the model nor the data gives it (there are: "
-        f"{', '.join(present)}); add a dataset column of that name, or use another objective"
+        f"{', '.join(present)}); add a numeric dataset column of that name, fill Batch.extras in Trainer.prepare, "
+        f"or use another objective"
     )
 
 

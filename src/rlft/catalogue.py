@@ -77,6 +77,8 @@ _EXAMPLE = {
 
 def _data(objective: Objective) -> str:
     needs = objective.needs
+    if objective.columns:
+        return "own columns or tensors"
     if "scores" in needs:
         return "preference (reward model)"
     if objective.needs_pairs:
@@ -85,6 +87,8 @@ def _data(objective: Objective) -> str:
         return "unpaired"
     if {"rewards", "advantages", "returns"} & needs:
         return "groups with rewards"
+    if objective.needs_groups:
+        return "preference"
     return "prompt-completion"
 
 
@@ -93,7 +97,7 @@ def _policy(objective: Objective) -> str:
     needs = objective.needs
     if objective.on_policy_only:
         return "on-policy"
-    if "old_logps" in needs:
+    if "old_logps" in needs and not objective.name.startswith("agro"):
         return "near on-policy (ratio)"
     if objective.name.startswith(("reinforce", "kl_policy_gradient")):
         return "on-policy"

@@ -21,8 +21,9 @@ __all__ = ["ALGORITHMS", "digit_rows", "main", "run_seed"]
 
 DIGITS = 8
 HELD_OUT = 400
-SFT_STEPS = 70
-RL_STEPS = 60
+SFT_STEPS = 60
+RL_STEPS = 80
+ACCURACY = "eval_rewards/exact_match/mean"
 MODEL = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -76,7 +77,6 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
         seed,
         {
             "use_peft": True,
-            "rewards": ["exact_match"],
             "num_generations": 8,
             "per_device_train_batch_size": 512,
             "per_device_eval_batch_size": HELD_OUT,
@@ -86,6 +86,7 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
             "eval_on_start": True,
             "output_dir": run,
             "run_name": f"{algorithm}-{seed}",
+            "rewards": ["exact_match"],
             **ALGORITHMS[algorithm],
         },
         digit_rows(64 * steps, seed=1_000 + seed),
@@ -93,8 +94,8 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
     )
     last = trainer.train()
     rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    before = next(row["eval_reward"] for row in rows if "eval_reward" in row)
-    after = last["eval_reward"]
+    before = next(row[ACCURACY] for row in rows if ACCURACY in row)
+    after = last[ACCURACY]
     return {
         "algorithm": algorithm,
         "seed": seed,
@@ -105,7 +106,11 @@ def run_seed(seed: int, algorithm: str, folder: str, steps: int) -> dict[str, An
 
 
 def _trainer(
-    model: Any, seed: int, settings: dict[str, Any], train: list[Any], held_out: list[Any] | None = None
+    model: Any,
+    seed: int,
+    settings: dict[str, Any],
+    train: list[Any],
+    held_out: list[Any] | None = None,
 ) -> Any:
     import torch
 

@@ -79,7 +79,8 @@ def _offline(trainer: Trainer, examples: list[Any]) -> None:
         chunk = examples[start : start + size]
         if "kl_baseline" in trainer.objective.needs and len(chunk) < 2:
             continue
-        batch = collate(chunk, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards).to(trainer.device)
+        batch = collate(chunk, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards)
+        batch = setup.with_columns(batch, chunk, trainer.objective).to(trainer.device)
         batch = trainer.objective.prepare(online.fill_constants(trainer, batch))
         outputs = trainer.forward(batch, trainer._wanted(batch))
         _, results = trainer.objective.compute(outputs, batch, trainer.objective.denominators(batch))

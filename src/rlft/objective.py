@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlft import _check, advantages, kl, reduce
-from rlft._terms import FORWARD, REFERENCE, LossFunction, Term, bind, probe, split_signature
+from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, bind, probe, split_signature
 from rlft.types import Batch, LossOutput
 
 __all__ = ["ADVANTAGES", "Objective", "Term"]
@@ -236,6 +236,11 @@ class Objective:
         return any("group_ids" in t.tensors or t.per_pair for t in self.terms)
 
     @property
+    def columns(self) -> frozenset[str]:
+        """Quantities that the trainer does not make: numeric dataset columns, or what ``Trainer.prepare`` adds."""
+        return frozenset(name for term in self.terms for name in term.quantities) - MADE
+
+    @property
     def couples_rows(self) -> bool:
         """True when rows of different prompts are compared: the step must be one micro-batch on one process."""
         return any(bool(getattr(term.function, "couples_rows", False)) for term in self.terms)
@@ -259,7 +264,7 @@ class Objective:
 
     @property
     def on_policy_only(self) -> bool:
-        """True when the estimator is unbiased only for samples of the current policy (agro.md c3)."""
+        """True when the estimator is unbiased only for samples of the current policy."""
         return any(
             bool(getattr(t.function, "on_policy_only", False)) or t.hyper.get("lr_coef", 0.0) for t in self.terms
         )

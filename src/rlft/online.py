@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import _guard, reduce
+from rlft import _guard, reduce, setup
 from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
 from rlft.types import Batch
@@ -104,6 +104,7 @@ def score(
         completion_ids=[list(ids) for ids in completion_ids],
         columns={name: [e.columns.get(name) for e in examples] for name in sorted(names)},
         trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
+        poll=trainer.poll,
     )
 
 
@@ -118,7 +119,7 @@ def to_batch(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, reward
         mask = exists & torch.tensor(sampled.finished)[:, None]
     prompts = pad_sequence([torch.tensor(e.prompt_ids, dtype=torch.long) for e in examples], batch_first=True)
     prompt_lengths = torch.tensor([len(e.prompt_ids) for e in examples])
-    return Batch(
+    batch = Batch(
         prompt_ids=prompts,
         prompt_mask=torch.arange(prompts.shape[1])[None] < prompt_lengths[:, None],
         completion_ids=ids,
@@ -126,7 +127,8 @@ def to_batch(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, reward
         mask=mask,
         group_ids=torch.arange(len(examples)).repeat_interleave(n),
         rewards=rewards.float(),
-    ).to(trainer.device)
+    )
+    return setup.with_columns(batch, examples, trainer.objective).to(trainer.device)
 
 
 def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
@@ -207,7 +209,7 @@ def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
     """Groups whose answers all earn the same have no advantage: said once, and once more when it goes on."""
     count, groups = int(equal.sum()), int(usable.sum())
     trainer.equal_steps = trainer.equal_steps + 1 if groups and count == groups else 0
-    if not count or trainer.config.num_generations < 2:
+    if not count or trainer.objective.min_group < 2:  # without a baseline from siblings, equal rewards still teach
         return
     _guard.told(
         trainer,

@@ -130,4 +130,6 @@ def build(name: str, **hyper: Any) -> Objective:
         return function(**hyper).renamed(name)
     if name in losses.__all__:
         return Objective(getattr(losses, name), name=name, **hyper)
-    raise ValueError(f"objective {name!r} is unknown{_check.suggestion(name, names())}; all: {', '.join(names())}")
+    hint = _check.suggestion(name, names())
+    every = "" if "known:" in hint else f" Known: {', '.join(names())}"
+    raise ValueError(f"objective {name!r} is unknown{hint}{every}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "Plan", "build", "objective", "source"]
 
+logger = logging.getLogger("rlft")
+
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
     "num_iterations", "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions",
     "dynamic_sampling",
 )  # fmt: skip
+
+
+#: How long processes wait for each other at the start.
+MEETING_SECONDS = 50
 
 
 @dataclass(frozen=True)
@@ -90,12 +99,29 @@ def objective(config: Config, given: Objective | Callable[..., Any] | None) -> O
         if ":" in config.objective:
             from rlft.rewards import load_reward
 
-            return Objective(load_reward(config.objective), **hyper)
-        return recipes.build(config.objective, **hyper)
+            built = Objective(load_reward(config.objective), **hyper)
+        else:
+            built = recipes.build(config.objective, **hyper)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_words_of(config, str(error))) from error
+    for term in built.terms:
+        low, high = term.hyper.get("clip_eps"), term.hyper.get("clip_eps_high")
+        if low is not None and high is not None and low > high:
+            raise ConfigError(
+                f"objective {built.name!r}: epsilon={low} (clip_eps) is above epsilon_high={high} (clip_eps_high); "
+                f"lower epsilon or raise epsilon_high"
+            )
+    return built
+
+
+def _in_words_of(config: Config, message: str) -> str:
+    """An objective's complaint about an option, under the name that the configuration has for it."""
+    for alias, name in (("clip_eps_high", "epsilon_high"), ("clip_eps", "epsilon"), ("beta", "beta")):
+        if f"does not use {alias}=" in message and getattr(config, name) is not None:
+            return message.replace(f"does not use {alias}=", f"does not use {name}=") + f"; drop {name}"
+    return message
 
 
 def build(
@@ -115,6 +141,7 @@ def build(
     """Everything of a run, in the order that fails cheapest first: settings, rewards, data, then models."""
     from rlft import models, rollout
     from rlft.data import check_overlap
+    from rlft.models.tokenizer import check_embedding
 
     specs = reward_funcs if reward_funcs is not None else config.rewards
     specs = [specs] if callable(specs) or isinstance(specs, (str, Mapping)) else list(specs)
@@ -130,10 +157,11 @@ def build(
     _check_data(config, objective, train, online=bool(specs))
     if held_out is not None:
         check_overlap(train.examples, held_out.examples)
-    rewards = _rewards(config, specs, accelerator.device) if specs else None
+    rewards = _rewards(config, specs, accelerator.device, tokenizer) if specs else None
 
     with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
         loaded = _load_policy(config, source, tokenizer, objective)
+    check_embedding(tokenizer, loaded)
     base = (
         models.add_lora(loaded, _lora_settings(config, peft_config))
         if peft_config is not None or config.use_peft
@@ -143,7 +171,10 @@ def build(
         policy = models.RewardScorer(base)
     else:
         policy = models.Policy(
-            base, reference=_reference(config, ref_model, objective), critic=_critic(config, objective)
+            base,
+            reference=_reference(config, ref_model, objective),
+            critic=_critic(config, objective),
+            dropout=not config.disable_dropout,
         )
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -234,7 +265,7 @@ def _check_settings(config: Config, objective: Objective, *, online: bool) -> No
 
 
 def _check_on_policy(config: Config, objective: Objective) -> None:
-    """Estimators that are biased for samples of another distribution are refused, naming the unbiased one (agro.md c3)."""
+    """Estimators that are biased for samples of another distribution are refused, naming the unbiased one."""
     steps = (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
     foreign = {
         "num_iterations": config.num_iterations > 1,
@@ -272,7 +303,8 @@ def _check_data(config: Config, objective: Objective, data: Any, *, online: bool
     wanted = [kind for kind, needed in kinds.items() if needed]
     if wanted and data.format not in wanted:
         raise ConfigError(
-            f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows; see docs/data"
+            f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows{_lacks(data, wanted[0])}; "
+            f"see docs/data"
         )
     if (
         objective.needs_rewards
@@ -284,14 +316,34 @@ def _check_data(config: Config, objective: Objective, data: Any, *, online: bool
             f"objective {objective.name!r} needs rewards: give `rewards` to train online, rows with several scored completions, "
             f"or preference rows with pair_rewards: [0.5, -0.5]; got {data.format!r} rows"
         )
+    if objective.needs_rewards and not online and data.format == "ranked" and objective.min_group > 1:
+        small = [e.index for e in data.examples if len(e.completions) < objective.min_group]
+        if small:
+            raise ConfigError(
+                f"objective {objective.name!r} compares answers of one prompt: completions must hold at least "
+                f"{objective.min_group}, got 1 in {len(small)} of {len(data.examples)} rows (first: row {small[0]}); leave "
+                f"those rows out, or use an objective without a baseline, e.g. dro"
+            )
     if config.pair_rewards is not None and (data.format != "preference" or not objective.needs_rewards):
         raise ConfigError(
             f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it"
         )
     if not online and not data.examples[0].completions:
         raise ConfigError(
-            "the rows hold prompts only; give `rewards` to sample answers online, or rows with completions"
+            f"the rows hold prompts only{_lacks(data, 'prompt_completion')}; give `rewards` to sample answers online, or "
+            f"rows with completions"
         )
+
+
+def _lacks(data: Any, form: str) -> str:
+    """What keeps rows from being of another format, near misses of column names included."""
+    from rlft.data.formats import check_format
+
+    try:
+        check_format(form, data.examples[0].columns)
+    except ValueError as error:
+        return f" ({error})"
+    return ""
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------------
@@ -313,6 +365,12 @@ def plan(
         raise ConfigError(
             f"{examples} training examples are fewer than one step takes ({draws} on each of {world} processes); lower "
             f"per_device_train_batch_size or gradient_accumulation_steps, or add data"
+        )
+    left = examples % (draws * world)
+    if left:
+        what = "are drawn in a later epoch" if online else "make a smaller last step, averaged over its own rows"
+        logger.warning(
+            f"{examples} training examples do not divide into steps of {draws * world}: the last {left} of an epoch {what}"
         )
     draws_per_epoch = examples // (draws * world) if online else math.ceil(examples / (draws * world))
     per_epoch = draws_per_epoch * updates
@@ -356,14 +414,34 @@ def source(trainer: Trainer) -> Source:
             refill=Refill(p.draws, c.max_refills) if c.dynamic_sampling else None,
         )
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
-    return OfflineSource(
-        order,
-        lambda indices: collate([data.examples[i] for i in indices], pad_id=pad_id, pair_rewards=pair_rewards).to(
-            trainer.device
-        ),
-        lambda batch: trainer.prepare(batch),
-        split,
-    )
+
+    def make_batch(indices: Sequence[int]) -> Batch:
+        examples = [data.examples[i] for i in indices]
+        batch = with_columns(collate(examples, pad_id=pad_id, pair_rewards=pair_rewards), examples, trainer.objective)
+        return batch.to(trainer.device)
+
+    return OfflineSource(order, make_batch, lambda batch: trainer.prepare(batch), split)
+
+
+def with_columns(batch: Batch, examples: Sequence[Any], objective: Objective) -> Batch:
+    """Numeric dataset columns that the objective names, as extras: one number per prompt, or a list with one per answer."""
+    extras = dict(batch.extras)
+    sizes = torch.bincount(batch.group_ids, minlength=batch.num_groups).tolist()
+    for name in sorted(objective.columns):
+        if not all(name in e.columns for e in examples):
+            continue
+        values: list[float] = []
+        for example, size in zip(examples, sizes, strict=True):
+            cell = example.columns[name]
+            cells = list(cell) if isinstance(cell, (list, tuple)) else [cell] * size
+            if len(cells) != size or any(isinstance(c, bool) or not isinstance(c, (int, float)) for c in cells):
+                raise ValueError(
+                    f"column {name!r}, which objective {objective.name!r} names, must hold one number per prompt or per answer "
+                    f"({size} here); row {example.index} holds {cell!r}"
+                )
+            values += [float(c) for c in cells]
+        extras[name] = torch.tensor(values)
+    return batch.replace(extras=extras)
 
 
 def _rows_per_example(data: Any) -> int:
@@ -376,8 +454,37 @@ def _accelerator(config: Config) -> Any:
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision='fp16' needs a CUDA device; use 'no' or 'bf16'")
+    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'fp16' or 'no'"
+        )
+    _meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
+
+
+def _meet() -> None:
+    """Bring the processes of a run together, or say within a minute who is missing: the default waits half an hour."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "?")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if size < 2 or torch.distributed.is_initialized() or any(name not in os.environ for name in needed):
+        return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # it wants to start the processes itself
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        rendezvous = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
+        store, number, count = next(iter(rendezvous))
+    except (RuntimeError, ValueError, OSError) as error:
+        said = str(error).strip().splitlines()[0][:300]
+        raise TrainingError(
+            f"process {rank} of {size} could not meet the others at {place} within {MEETING_SECONDS} s: {said}. If the "
+            f"port is in use, set another MASTER_PORT (--main_process_port); if a process is missing, look for its own "
+            f"error, start all {size} of them, or correct WORLD_SIZE"
+        ) from error
+    accelerated = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    backend = "cpu:gloo,cuda:nccl" if accelerated else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count)
 
 
 def load(config: Config, name: str, given: Any) -> Any:
@@ -398,6 +505,8 @@ def _rows(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
     texts = rows
     if config.train_slice is not None:
         start, stop = (round(part * len(rows)) for part in config.train_slice)
+        if start == stop:
+            raise ConfigError(f"train_slice={config.train_slice} of {len(rows)} rows holds none; widen it, or add data")
         rows = rows.select(range(start, stop))
     if held is None:
         for name in ("eval_steps", "eval_rows"):
@@ -459,7 +568,7 @@ def _tokenize(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any
     )
 
 
-def _rewards(config: Config, specs: list[Any], device: torch.device) -> Any:
+def _rewards(config: Config, specs: list[Any], device: torch.device, tokenizer: Any) -> Any:
     from rlft import models
     from rlft.rewards import RewardSet, load_reward
 
@@ -472,6 +581,10 @@ def _rewards(config: Config, specs: list[Any], device: torch.device) -> Any:
         else:
             functions.append(load_reward(str(spec) if isinstance(spec, Path) else spec))
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
+
+
+def _other_tokens(one: Any, other: Any) -> bool:
+    return one is not other and one.get_vocab() != other.get_vocab()
 
 
 def _load_policy(config: Config, source: Any, tokenizer: Any, objective: Objective) -> Any:

@@ -74,7 +74,7 @@ class OnlineSource:
     """Answers sampled from the policy: one generation feeds ``updates`` optimizer steps, ``iterations`` times.
 
     The steps that are still to be fed wait in a queue, which is part of the state: a run that stops in the middle of a
-    generation resumes in the middle of it (TRL 1.16 regenerates instead; conventions.md R3).
+    generation resumes in the middle of it (TRL 1.16 regenerates instead).
 
     Args:
         order: yields this process's prompt indices for one generation.

@@ -338,7 +338,9 @@ class Trainer:
         if undo is not None:
             undo.back()
         self.optimizer.zero_grad(set_to_none=True)
-        state = f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
+        state = (
+            f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
+        )
         raise TrainingError(
             f"step {self.step + 1}: the update left {bad} not finite; {state}. Lower learning_rate (now "
             f"{self.optimizer.param_groups[0]['lr']:g}); the newest checkpoint is intact: the same command resumes from it"
@@ -440,7 +442,9 @@ class Trainer:
                 f"without an end are with mask_truncated_completions. Raise max_completion_length (now "
                 f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
             )
-        _guard.told(self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are")
+        _guard.told(
+            self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are"
+        )
         return False
 
     def _equal_counts(self, micro_batches: list[Batch]) -> list[Batch]:

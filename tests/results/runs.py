@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -50,7 +51,8 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
     Returns:
         ``first`` and ``last``: the evaluations before and after training (``first`` is None where there was none);
         ``also_first`` and ``also_last``: the same on ``also``; ``seconds``: wall and CPU time of the whole stage; ``steps``;
-        ``trained`` and ``held_out``: numbers of examples.
+        ``trained`` and ``held_out``: numbers of examples; ``sampled_first`` and ``sampled_last``: mean reward of the answers
+        of the first and of the last ten generations.
     """
     from rlft.config import load_config
     from rlft.trainer import Trainer
@@ -68,10 +70,12 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
+    sampled = [line["reward"] for line in lines if "reward" in line]
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     return {
         "first": first, "last": last, "also_first": also_first, "also_last": also_last, "seconds": seconds, "steps": trainer.step,
         "trained": len(trainer.train_data.examples), "held_out": len(trainer.eval_data.examples),
+        "sampled_first": fmean(sampled[:10] or [0.0]), "sampled_last": fmean(sampled[-10:] or [0.0]),
     }  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def word_problems(folder: Path, seed: int) -> dict[str, Any]:
         run = stage(f"word_problems/{name}", folder, seed, start="word_problems/sft", also=unseen)
         record["sft"] |= {"all": run["first"]["eval_reward"], "unseen": run["also_first"]["eval_reward"]}
         record[name] = {
-            "all": run["last"]["eval_reward"], "unseen": run["also_last"]["eval_reward"], "sampled": run["last"]["reward"],
+            "all": run["last"]["eval_reward"], "unseen": run["also_last"]["eval_reward"],
+            "sampled_first": run["sampled_first"], "sampled_last": run["sampled_last"],
             "kl": run["last"]["kl"], "entropy": run["last"]["entropy"], "steps": run["steps"], "seconds": run["seconds"],
         }  # fmt: skip
     return record

@@ -119,6 +119,9 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
     if adapters.is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model already has an adapter; train that one, or merge it first (merge_and_unload)")
     settings = LoraSettings() if settings is None else settings
+    if not isinstance(settings, LoraSettings) and hasattr(settings, "lora_alpha"):
+        # a config of peft's own, which takes any alpha: an alpha of NaN would make every output NaN
+        LoraSettings(r=settings.r, alpha=settings.lora_alpha, dropout=settings.lora_dropout)
     targets, saved = settings.target_modules, settings.modules_to_save
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, (list, tuple, set)) or (isinstance(settings, LoraSettings) and targets != "all-linear"):

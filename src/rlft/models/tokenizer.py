@@ -115,8 +115,16 @@ def check_tokenizer(tokenizer: Any, model: nn.Module | None = None) -> None:
         ValueError: without an end-of-sequence token; or naming the largest id and the size of the embedding.
     """
     _complete(tokenizer)
-    if model is None:
-        return
+    if model is not None:
+        check_embedding(tokenizer, model)
+
+
+def check_embedding(tokenizer: Any, model: nn.Module) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        ValueError: naming the largest id and the size of the embedding.
+    """
     base = unwrap(model)
     weight = base.get_input_embeddings().weight
     packed = not weight.is_floating_point()  # a quantised embedding
