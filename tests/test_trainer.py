@@ -622,3 +622,26 @@ def test_dropout_can_be_left_on(tmp_path: Path) -> None:
     model = tiny_gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     t = trainer(tmp_path, "dpo", PAIRS, model=model, beta=1.0, max_steps=1, disable_dropout=False)
     assert abs(t.train()["loss"] - math.log(2)) > 1e-3
+
+
+def test_tensorboard_gets_the_metrics_by_default(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = {k: v for k, v in settings(tmp_path, "sft").items() if k != "report_to"}
+    Trainer(tiny_llama(), args, train_dataset=ANSWERS, processing_class=char_tokenizer()).train()
+    logged = []
+    for folder in {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}:
+        events = reader.EventAccumulator(str(folder))
+        events.Reload()
+        logged += [(e.step, e.value) for tag in events.Tags()["scalars"] if tag == "loss" for e in events.Scalars(tag)]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert [value for _, value in logged] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+
+
+def test_a_critic_of_its_own_learns(tmp_path: Path) -> None:
+    tiny_llama(seed=5).save_pretrained(tmp_path / "critic")
+    char_tokenizer().save_pretrained(tmp_path / "critic")
+    t = trainer(tmp_path / "run", "ppo", PROMPTS, reward=digits_reward, lora=True, critic=str(tmp_path / "critic"))
+    before = weights(t)
+    t.train()
+    assert any(name.startswith("critic.") for name in moved(before, weights(t)))

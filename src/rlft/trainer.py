@@ -173,6 +173,8 @@ class Trainer:
                 from rlft.report import write_report
 
                 write_report(self.run_dir, self.run_dir / "report.html")
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
             self._call("end", last)
             display.end(self, last)
         return last

@@ -90,7 +90,7 @@ def test_bad_input_26_prompt_that_is_no_prefix(tmp_path: Path) -> None:
     )  # fmt: skip
     refused(
         lambda: tokenize([{"prompt": "2+2=", "completion": "=4"}], _merging(), boundary="refuse"),
-        "row 0", "not a prefix", "'=='", "separator=",
+        "row 0", "not a prefix", "'==4'", "separator=",
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_bad_input_32_reward_head_newly_initialised(tmp_path: Path) -> None:
     char_tokenizer().save_pretrained(tmp_path / "lm")
     refused(
         lambda: trainer(tmp_path, "rloo", PROMPTS, reward=str(tmp_path / "lm"), beta=0.0),
-        "score.weight", "never trained", "bradley_terry",
+        "no trained score head (score.weight is random)", "train it first",
     )  # fmt: skip
 
 

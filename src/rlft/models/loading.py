@@ -248,8 +248,27 @@ def _load(
         options["quantization_config"] = settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, info = auto_class.from_pretrained(str(source), output_loading_info=True, **options)
+        try:
+            model, info = auto_class.from_pretrained(str(source), output_loading_info=True, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
     return model.eval(), sorted(info["missing_keys"])
+
+
+def _mismatch(source: Any, changes: Mapping[str, Any], revision: str | None, trust_remote_code: bool) -> str:
+    """Why weights of another shape than the model's were found."""
+    from transformers import AutoConfig
+
+    extra = {} if revision is None else {"revision": revision}
+    labels = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **extra).num_labels
+    if "num_labels" in changes and labels != changes["num_labels"]:
+        return (
+            f"{source} is a classifier with num_labels={labels}; a reward model has one output: use one that was trained "
+            f"with num_labels=1, or write a reward function that makes one number of its outputs"
+        )
+    return f"weights of {source} have other shapes than its config.json says; save the model again, or mend the config"
 
 
 def _config(source: Mapping[str, Any], changes: dict[str, Any]) -> Any:
