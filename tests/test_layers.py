@@ -26,7 +26,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L3": ("_terms", "objective", "recipes", "catalogue"),
     "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
     "L5": ("rollout",),
-    "L6": ("_curves", "_guard", "_page", "_state", "display", "doctor", "evaluate", "online", "report", "setup", "trainer"),
+    "L6": (
+        "_curves", "_guard", "_meeting", "_page", "_state", "display", "doctor", "evaluate", "online", "report", "setup",
+        "trainer",
+    ),
     "L7": ("cli", "demo"),
 }  # fmt: skip
 #: The pure core imports these and the standard library, at any depth of a function.

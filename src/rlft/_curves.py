@@ -326,6 +326,10 @@ def draw_run(rows: Rows, panels: Sequence[Panel], *, title: str = "") -> bytes:
         return _png(figure)
 
 
+#: Later groups have gaps, so that curves which coincide are all seen.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2.5)), (0, (1.2, 1.8)), (0, (6, 2, 1.5, 2)))
+
+
 def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *, title: str = "") -> bytes:
     """PNG of several groups of runs: mean over a group's seeds as a line, smallest to largest seed as a band.
 
@@ -341,7 +345,7 @@ def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             lost: list[int] = []
             for position, (name, seeds) in enumerate(groups.items()):
-                colour, style = COLOURS[position % len(COLOURS)], "-" if position < len(COLOURS) else "--"
+                colour, style = COLOURS[position % len(COLOURS)], _DASHES[position % len(_DASHES)]
                 drawn, bad = _spread(seeds, panel.keys[0], plain=panel.plain)
                 lost += bad
                 if drawn is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlft import checkpoint, display
 from rlft._redact import redact
 from rlft.config import ConfigError
+from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.runlock import RunLock, RunLockError
 
@@ -66,6 +67,12 @@ def save_boundary(trainer: Trainer) -> Path:
     trainer.metrics_log.sync()
     # collective where the model is sharded: every process takes part
     trainables, reference = trainer.policy.trainable_state(), _reference_state(trainer)
+    for name, tensor in trainables.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"step {state.step}: {name} holds NaN or infinity, so no checkpoint was written over a good one; look for "
+                f"what changed it (a callback?), and resume from the newest checkpoint with the same command"
+            )
     moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, _optimizer_names(trainer))
     tensors: dict[str, dict[str, Tensor]] = {"rng": state.rng[0], "source": state.source[0]}
     records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
@@ -75,7 +82,12 @@ def save_boundary(trainer: Trainer) -> Path:
         tensors |= {"trainable": trainables, "optimizer": moments, "reference": reference}
         records |= {
             "optimizer": groups,
-            "trainer": {"step": state.step, "data": trainer.train_data.fingerprint, **state.counters},
+            "trainer": {
+                "step": state.step,
+                "data": trainer.train_data.fingerprint,
+                "data_facts": _data_facts(trainer),
+                **state.counters,
+            },
             "config": redact(trainer.config.to_dict()),
         }
     written = checkpoint.save(
@@ -154,9 +166,12 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
 
 def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     if found.records["trainer"]["data"] != trainer.train_data.fingerprint:
+        then, now = found.records["trainer"].get("data_facts", {}), _data_facts(trainer)
+        changes = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
         raise ConfigError(
-            f"the training data changed since {found.path} was written (other rows, order, tokenizer or limits); continuing "
-            f"would mix two runs: restore the data, or use another output_dir"
+            f"the training data changed since {found.path} was written "
+            f"({', '.join(changes) or 'as many examples and tokens, but other ones or in another order'}); continuing would "
+            f"mix two runs: restore the data, the tokenizer and the limits, or use another output_dir"
         )
     if found.manifest.config_hash == trainer.config.digest():
         return
@@ -170,6 +185,18 @@ def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         + "\n".join(changes)
         + "\nuse the settings it was started with, or another output_dir (resume=never does not overwrite it either)"
     )
+
+
+def _data_facts(trainer: Trainer) -> dict[str, Any]:
+    """What a person can compare when the data of a run has changed."""
+    data = trainer.train_data
+    prompt_tokens = sum(len(e.prompt_ids) for e in data.examples)
+    return {
+        "format": data.format,
+        "examples": len(data.examples),
+        "prompt tokens": prompt_tokens,
+        "trained tokens": data.report.trained_tokens,
+    }
 
 
 def _reference_state(trainer: Trainer) -> dict[str, Tensor]:

@@ -10,13 +10,12 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import display, recipes
+from rlft import _meeting, display, recipes
 from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import MetricSums
@@ -36,10 +35,6 @@ _SAMPLING = (
     "num_iterations", "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions",
     "dynamic_sampling",
 )  # fmt: skip
-
-
-#: How long processes wait for each other at the start.
-MEETING_SECONDS = 50
 
 
 @dataclass(frozen=True)
@@ -458,33 +453,9 @@ def _accelerator(config: Config) -> Any:
         raise ConfigError(
             f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'fp16' or 'no'"
         )
-    _meet()
+    _meeting.meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
-
-
-def _meet() -> None:
-    """Bring the processes of a run together, or say within a minute who is missing: the default waits half an hour."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "?")
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if size < 2 or torch.distributed.is_initialized() or any(name not in os.environ for name in needed):
-        return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # it wants to start the processes itself
-        return
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        rendezvous = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))
-        store, number, count = next(iter(rendezvous))
-    except (RuntimeError, ValueError, OSError) as error:
-        said = str(error).strip().splitlines()[0][:300]
-        raise TrainingError(
-            f"process {rank} of {size} could not meet the others at {place} within {MEETING_SECONDS} s: {said}. If the "
-            f"port is in use, set another MASTER_PORT (--main_process_port); if a process is missing, look for its own "
-            f"error, start all {size} of them, or correct WORLD_SIZE"
-        ) from error
-    accelerated = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    backend = "cpu:gloo,cuda:nccl" if accelerated else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count)
 
 
 def load(config: Config, name: str, given: Any) -> Any:
@@ -580,6 +551,12 @@ def _rewards(config: Config, specs: list[Any], device: torch.device, tokenizer: 
             functions.append(scorer)
         else:
             functions.append(load_reward(str(spec) if isinstance(spec, Path) else spec))
+        if isinstance(functions[-1], models.ModelReward) and _other_tokens(functions[-1].tokenizer, tokenizer):
+            warnings.warn(
+                f"reward model {functions[-1].__name__!r} has another tokenizer than the policy: answers are decoded, and "
+                f"their text is encoded again for it, so both read the same text but not the same tokens",
+                stacklevel=5,
+            )
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
 
 

@@ -332,8 +332,13 @@ class Trainer:
     def _apply(self, norm: float) -> None:
         """The optimizer's step; one that leaves a weight that is not finite is taken back."""
         undo = _guard.undo_for(self.optimizer, norm)
-        with _guard.explained(self):
-            self.optimizer.step()
+        try:
+            with _guard.explained(self):
+                self.optimizer.step()
+        except BaseException:
+            if undo is not None:
+                undo.back()
+            raise
         bad = _guard.not_finite(self.model, self.accelerator)
         if bad is None:
             return

@@ -52,9 +52,13 @@ def skipped(folder: Path, objective: str, good: list[Any], bad: Any, reason: str
 
 def test_bad_input_01_column_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "1", "chosen": "2"}] * 8
-    said = refused_by_command(capsys, tmp_path, "'prompt', 'chosen'", rows=rows, data_format="preference", objective="dpo", beta=0.1)
+    said = refused_by_command(
+        capsys, tmp_path, "'prompt', 'chosen'", rows=rows, data_format="preference", objective="dpo", beta=0.1
+    )
     assert "needs the column 'rejected'" in said
-    refused(lambda: trainer(tmp_path, "rloo", [{"question": "1"}] * 8, reward=varied, beta=0.0), "'prompt'", "['question']")
+    refused(
+        lambda: trainer(tmp_path, "rloo", [{"question": "1"}] * 8, reward=varied, beta=0.0), "'prompt'", "['question']"
+    )
 
 
 def test_bad_input_02_column_misspelt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,12 +141,10 @@ def test_bad_input_11_completion_truncated(tmp_path: Path) -> None:
 
 
 def test_bad_input_12_completion_cut_to_zero(tmp_path: Path) -> None:
-    """The trained turn lies wholly behind the limit: what is left of the row has an all-False mask."""
-    template = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-    tokenizer = char_tokenizer(chat_template=template)
-    long = {"prompt": "1234567890", "completion": "a"}
-    good = [{**row, "prompt": row["prompt"][-4:]} for row in ANSWERS]
-    skipped(tmp_path, "sft", good, long, "prompt fills max_length", max_prompt_length=None, max_length=7, processing_class=tokenizer)
+    """The prompt takes the whole of max_length: what is left of the answer is nothing, and the row is not kept."""
+    long = {"prompt": "123456789", "completion": "a"}
+    good = [{"prompt": f"{i}", "completion": "abcdefg"[: 1 + i % 3]} for i in range(8)]
+    skipped(tmp_path, "sft", good, long, "prompt fills max_length", max_prompt_length=None, max_length=9)
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", "a\x00b"])

@@ -26,7 +26,9 @@ SHORT = {"max_prompt_length": None}
 
 # -- tokenizers -----------------------------------------------------------------------------------------------------------
 def test_bad_input_21_tokenizer_without_pad(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"no pad token; '<pad>' \(id 0\) is used.*end-of-sequence token is never") as caught:
+    with pytest.warns(
+        UserWarning, match=r"no pad token; '<pad>' \(id 0\) is used.*end-of-sequence token is never"
+    ) as caught:
         t = trainer(tmp_path, "sft", ANSWERS, processing_class=char_tokenizer(pad=False))
     assert len(caught) == 1
     assert t.tokenizer.pad_token_id == PAD_ID != t.tokenizer.eos_token_id
@@ -37,7 +39,9 @@ def test_bad_input_22_pad_is_eos(tmp_path: Path) -> None:
     """Masked by length: the end is trained on, and padding changes nothing."""
     tokenizer = char_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    with pytest.warns(UserWarning, match=r"pad and end-of-sequence token are the same \('<eos>'\).*masked by their length") as caught:
+    with pytest.warns(
+        UserWarning, match=r"pad and end-of-sequence token are the same \('<eos>'\).*masked by their length"
+    ) as caught:
         t = trainer(tmp_path, "sft", ANSWERS, processing_class=tokenizer)
     assert len(caught) == 1
     (batch,) = t.source.next(0)
@@ -64,7 +68,11 @@ def test_bad_input_23_tokenizer_without_eos(tmp_path: Path) -> None:
 def test_bad_input_24_messages_without_a_template(tmp_path: Path) -> None:
     refused(lambda: trainer(tmp_path, "sft", CHAT), "row 0", "no chat template", "set tokenizer.chat_template")
     prompts = [{"prompt": row["prompt"]} for row in CHAT]
-    refused(lambda: trainer(tmp_path, "rloo", prompts, reward=varied, beta=0.0), "no chat template", "set tokenizer.chat_template")
+    refused(
+        lambda: trainer(tmp_path, "rloo", prompts, reward=varied, beta=0.0),
+        "no chat template",
+        "set tokenizer.chat_template",
+    )
 
 
 def test_bad_input_25_template_adds_a_second_bos(tmp_path: Path) -> None:
@@ -81,9 +89,7 @@ def test_bad_input_25_template_adds_a_second_bos(tmp_path: Path) -> None:
 
 
 def test_bad_input_26_prompt_that_is_no_prefix(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    )
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     refused(
         lambda: trainer(tmp_path, "sft", CHAT, processing_class=char_tokenizer(chat_template=template), **SHORT),
         "row 0", "does not continue its own prompt", "'0<think>'", "chat_template_kwargs",
@@ -112,7 +118,9 @@ def test_bad_input_27_tokenizer_larger_than_the_embedding(tmp_path: Path, capsys
     )  # fmt: skip
     from tests.bad_input.common import MODEL
 
-    refused_by_command(capsys, tmp_path, "the model embeds 5", "resize_token_embeddings", model={**MODEL, "vocab_size": 5})
+    refused_by_command(
+        capsys, tmp_path, "the model embeds 5", "resize_token_embeddings", model={**MODEL, "vocab_size": 5}
+    )
 
 
 # -- references -----------------------------------------------------------------------------------------------------------
@@ -154,7 +162,9 @@ def test_bad_input_31_reward_tokenizer_differs(tmp_path: Path) -> None:
 
     other = _reversed_tokenizer(list(SPECIALS), CHARS)
     folder = classifier(tmp_path / "rm", tokenizer=other)
-    with pytest.warns(UserWarning, match="reward model 'rm' has another tokenizer than the policy: answers are decoded") as caught:
+    with pytest.warns(
+        UserWarning, match="reward model 'rm' has another tokenizer than the policy: answers are decoded"
+    ) as caught:
         t = trainer(tmp_path, "rloo", PROMPTS, reward=str(folder), beta=0.0, max_steps=1)
     assert len(caught) == 1
     direct = ModelReward(str(folder))(prompts=["1+1="], completions=["2"])
@@ -169,7 +179,9 @@ def _reversed_tokenizer(specials: list[str], characters: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*specials, *reversed(characters)])}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate([*specials, *reversed(characters)])}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -222,7 +234,12 @@ def test_bad_input_58_trainable_parameters_in_half_precision(tmp_path: Path, dty
 # -- adapters -------------------------------------------------------------------------------------------------------------
 def test_bad_input_59_lora_targets_match_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused_by_command(
-        capsys, tmp_path, "target_modules 'q_prj' matches no module", "q_proj", use_peft=True, lora_target_modules=["q_prj"]
+        capsys,
+        tmp_path,
+        "target_modules 'q_prj' matches no module",
+        "q_proj",
+        use_peft=True,
+        lora_target_modules=["q_prj"],
     )
     from peft import LoraConfig
 
@@ -279,8 +296,13 @@ def test_bad_input_63_rank_zero_alpha_nan(tmp_path: Path) -> None:
         lambda: trainer(tmp_path, "sft", ANSWERS, use_peft=True, lora_r=0), "lora_r=0", "at least 1", kind=ConfigError
     )
     refused(
-        lambda: trainer(tmp_path, "sft", ANSWERS, use_peft=True, lora_alpha=float("nan")), "lora_alpha", "nan", kind=ConfigError
+        lambda: trainer(tmp_path, "sft", ANSWERS, use_peft=True, lora_alpha=float("nan")),
+        "lora_alpha",
+        "nan",
+        kind=ConfigError,
     )
     refused(lambda: trainer(tmp_path, "sft", ANSWERS, peft_config={"r": 0}), "lora r must be", ">= 1", "got 0")
     nan = LoraConfig(r=2, lora_alpha=float("nan"), target_modules=["q_proj"])
-    refused(lambda: trainer(tmp_path, "sft", ANSWERS, peft_config=nan), "lora alpha must be a finite number > 0", "got nan")
+    refused(
+        lambda: trainer(tmp_path, "sft", ANSWERS, peft_config=nan), "lora alpha must be a finite number > 0", "got nan"
+    )

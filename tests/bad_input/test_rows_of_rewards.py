@@ -50,17 +50,27 @@ def run(folder: Path, reward: Any, **extra: Any) -> Any:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_input_34_reward_not_finite(tmp_path: Path, value: float) -> None:
     t = run(tmp_path, Later(lambda good: [*good[:3], value, *good[4:]]))
-    stops(t, "'later'", f"returned {value} for row 3", "at step 1", "must be finite", "return None", kind=RewardError, at=1)
+    stops(
+        t,
+        "'later'",
+        f"returned {value} for row 3",
+        "at step 1",
+        "must be finite",
+        "return None",
+        kind=RewardError,
+        at=1,
+    )
 
 
 def test_bad_input_35_one_reward_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Out of the loss and out of the baseline: the group of four has the baseline of its other three."""
-    t = run(tmp_path, Later(lambda good: [None, *good[1:]], at=0))
+    t = trainer(tmp_path, "reinforce", PROMPTS, reward=Later(lambda good: [None, *good[1:]], at=0))
     (batch,) = t.source.next(0)
     assert math.isnan(float(batch.rewards[0]))
     assert not bool(batch.mask[0].any())
     own = batch.rewards[1:4]
     torch.testing.assert_close(batch.advantages[1:4], own - (own.sum() - own) / 2, rtol=1e-5, atol=1e-5)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         t = run(tmp_path / "b", Later(lambda good: [None, *good[1:]], at=0))
         values = t.train()
@@ -79,7 +89,13 @@ def test_bad_input_36_all_rewards_none(tmp_path: Path, caplog: pytest.LogCapture
     nothing = Later(lambda good: [None] * len(good))
     t = run(tmp_path, nothing, max_steps=9, max_unscored_steps=3, save_steps=None, callbacks=[note])
     with caplog.at_level(logging.WARNING):
-        refused(t.train, "step 4", "no answer was scored for 3 steps in a row", "check the reward functions", kind=TrainingError)
+        refused(
+            t.train,
+            "step 4",
+            "no answer was scored for 3 steps in a row",
+            "check the reward functions",
+            kind=TrainingError,
+        )
     assert len(seen) == 3
     assert same(seen[0], seen[1])
     assert same(seen[0], seen[2])
@@ -111,14 +127,24 @@ def test_bad_input_38_reward_string_or_with_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 7, 9])
 def test_bad_input_39_wrong_number_of_rewards(tmp_path: Path, count: int) -> None:
     t = run(tmp_path, Later(lambda good: [0.5] * count))
-    stops(t, "'later'", f"{count} rewards for 8 completions", "one number or None per completion", kind=RewardError, at=1)
+    stops(
+        t, "'later'", f"{count} rewards for 8 completions", "one number or None per completion", kind=RewardError, at=1
+    )
 
 
 def test_bad_input_40_reward_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def raises(good: list[float]) -> Any:
         raise KeyError("no such answer")
 
-    stops(run(tmp_path, Later(raises)), "'later' raised KeyError", "no such answer", "at step 1", "return None", kind=RewardError, at=1)
+    stops(
+        run(tmp_path, Later(raises)),
+        "'later' raised KeyError",
+        "no such answer",
+        "at step 1",
+        "return None",
+        kind=RewardError,
+        at=1,
+    )
     (tmp_path / "own.py").write_text("def own(completions, **columns):\n    raise OSError('gone')\n")
     folder = tmp_path / "cli"
     folder.mkdir()
@@ -130,7 +156,13 @@ def refused_by_command_online(capsys: pytest.CaptureFixture[str], folder: Path, 
     """The command fails while running: exit code 1, one line, no traceback."""
     from tests.bad_input.common import command
 
-    settings = {"objective": "rloo", "beta": 0.0, "rewards": [f"{file}:own"], "num_generations": 4, "per_device_train_batch_size": 8}
+    settings = {
+        "objective": "rloo",
+        "beta": 0.0,
+        "rewards": [f"{file}:own"],
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+    }
     code, said = command(capsys, folder, rows=PROMPTS, **settings)
     assert code == 1
     assert "Traceback" not in said
@@ -156,11 +188,14 @@ def test_bad_input_42_reward_huge(tmp_path: Path, objective: str, size: float) -
     huge = Later(lambda good: [*good[:2], size, *good[3:]], at=0)
     t = trainer(tmp_path, objective, PROMPTS, reward=huge, beta=0.1, max_steps=1)
     before = state(t)
+    said = ""
     try:
         t.train()
     except (TrainingError, RewardError) as error:
-        assert "step" in str(error)
-        assert "lower" in str(error).lower() or "scale the reward" in str(error)
+        said = str(error)
+    if said:
+        assert "step" in said
+        assert "Lower" in said or "scale the reward" in said
         assert same(before, state(t))
         assert not list(t.run_dir.glob("checkpoint-*"))
     else:
@@ -170,7 +205,7 @@ def test_bad_input_42_reward_huge(tmp_path: Path, objective: str, size: float) -
 
 def test_bad_input_43_equal_rewards_in_a_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rlft"):
-        t = run(tmp_path, Later(lambda good: [0.5] * 4 + good[4:], at=0))
+        t = trainer(tmp_path, "reinforce", PROMPTS, reward=Later(lambda good: [0.5] * 4 + good[4:], at=0))
         (batch,) = t.source.next(0)
         t.source.next(1)
     assert batch.advantages[:4].tolist() == [0.0] * 4
