@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from rlft import cli, losses, recipes, setup
+from rlft import _checks, cli, losses, recipes, setup
 from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
@@ -191,7 +191,7 @@ def test_yaml_is_a_configuration(tmp_path: Path) -> None:
         path.write_text(block.text)
         config = load_config(path)
         objective = setup.objective(config, None)
-        setup._check_settings(config, objective, online=bool(config.rewards))
+        _checks.check_settings(config, objective, online=bool(config.rewards))
         shown += 1
     assert shown >= 4
 

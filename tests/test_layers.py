@@ -27,7 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
     "L5": ("rollout",),
     "L6": (
-        "_curves", "_guard", "_meeting", "_page", "_state", "display", "doctor", "evaluate", "online", "report", "setup",
+        "_checks", "_curves", "_guard", "_meeting", "_page", "_parts", "_plan", "_state", "display", "doctor", "evaluate",
+        "online", "report", "setup",
         "trainer",
     ),
     "L7": ("cli", "demo"),

@@ -383,7 +383,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_pa
         tiny_llama(), args, objective=Objective(explode), train_dataset=ANSWERS, processing_class=char_tokenizer()
     )
     before = weights(t)
-    with pytest.raises(TrainingError, match="step 1: loss=.*was not applied"):
+    with pytest.raises(TrainingError, match=r"step 1: loss=.*was not applied"):
         t.train()
     assert not moved(before, weights(t))
 

@@ -6,6 +6,7 @@ position, mask or temperature is far outside any tolerance.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -71,7 +72,23 @@ def _build(config: Any, *, seed: int, dtype: torch.dtype, head: str = "causal") 
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.__class__ = _exact(type(module))
     return model.to(dtype).eval()
+
+
+@functools.cache
+def _exact(norm: type) -> type:
+    """An RMS norm without the float32 inside: in a float64 model it would limit every gradient to 1e-7."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            return norm.forward(self, x)
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    return type(norm.__name__, (norm,), {"forward": forward})
 
 
 def _rope(config_name: str, overrides: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:

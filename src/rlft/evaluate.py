@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import checkpoint, online, reduce, setup
+from rlft import _parts, checkpoint, online, reduce, setup
 from rlft.metrics import MetricSums
 from rlft.types import Batch
 
@@ -26,8 +26,8 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     """
     data = trainer.eval_data
     if dataset is not None:
-        rows = setup.load(trainer.config, "eval_data", dataset)
-        data = setup._tokenize(trainer.config, rows, trainer.tokenizer, online=trainer.online)
+        rows = _parts.load(trainer.config, "eval_data", dataset)
+        data = _parts.tokenized(trainer.config, rows, trainer.tokenizer, online=trainer.online)
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
     kept, rng = trainer.metrics, checkpoint.rng_state()

@@ -7,6 +7,7 @@ import torch
 
 from rlft.models import Policy
 from rlft.models.layout import build_rows
+from rlft.models.shared import build_shared
 from tests.models.oracle import alone, batch, close, entropy, exact_kl, pick
 from tests.tiny import FAMILIES, VOCAB, tiny_gpt2, tiny_llama
 
@@ -195,7 +196,7 @@ def test_under_autocast_the_head_stays_float32() -> None:
     policy = Policy(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = policy(data, want=ALL)
-        states = policy._scorer.states(build_rows(data))
+        states = policy._scorer.states(build_rows(data), build_shared(data))
     logits = states.double() @ model.lm_head.weight.double().T
     exact = torch.log_softmax(logits, -1).gather(-1, build_rows(data).targets[:, None]).squeeze(-1)
     assert out["logps"].dtype == torch.float32

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from rlft.models import adapters, modes
 from rlft.models.critic import CriticModel, ValueHead
 from rlft.models.layout import Rows, build_rows
 from rlft.models.reference import ReferenceKind, load_tensors, make_reference
-from rlft.models.scorer import CausalScorer, unwrap
+from rlft.models.scorer import CausalScorer, Layout, unwrap
+from rlft.models.shared import PAYS, SharedRows, build_shared
 from rlft.models.trainable import TrainableModule, plain_state
 from rlft.ops import DEFAULT_CHUNK, HeadOutputs, linear_logps, logits_logps
 from rlft.types import Batch
@@ -46,6 +47,8 @@ class Policy(TrainableModule):
             well); or a model that becomes a critic of its own.
         dropout: keep the model's dropout while training.
         chunk_size: rows and vocabulary entries per tile of the head op.
+        layout: ``auto`` computes the prompt of a group once, in a packed row, where the model allows it and it pays;
+            ``padded`` repeats it for every completion; ``shared`` always shares, or refuses. Results are the same.
 
     Raises:
         ValueError: when the reference does not fit (see :func:`rlft.models.reference.make_reference`).
@@ -59,14 +62,21 @@ class Policy(TrainableModule):
         critic: str | nn.Module = "none",
         dropout: bool = False,
         chunk_size: tuple[int, int] = DEFAULT_CHUNK,
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}")
         self.model: Any = model
         self.dropout = dropout
         self.chunk_size = chunk_size
-        self._scorer = CausalScorer(model)
+        self.layout: Layout = layout
+        self._scorer = CausalScorer(model, layout=layout)
         self._switch = adapters.Switch(model) if adapters.is_peft(model) else None
         self._reference = make_reference(model, reference)
+        # A reference of another family may have to repeat the prompt where the policy shares it.
+        if self._reference.model is not None:
+            self._reference.scorer(self._scorer).layout = "auto" if layout == "shared" else layout
         self.reference_model = self._reference.model  # registered, so that it moves and shards with the policy
         self.value_head: ValueHead | None = None
         self.critic: CriticModel | None = None
@@ -107,19 +117,20 @@ class Policy(TrainableModule):
         """
         want = self._check_want(want)
         rows = build_rows(batch)
+        shared = self._shared(batch)
         self._settle()
         if self._switch is not None and torch.is_grad_enabled():
             self._switch.refuse_merged()
         result: dict[str, Tensor] = {}
         quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
         needs_policy = bool(quantities - {"ref_logps"}) or ("values" in want and self.value_head is not None)
-        states = self._scorer.states(rows) if needs_policy else None
+        states = self._scorer.states(rows, shared) if needs_policy else None
         if quantities == {"ref_logps"}:
-            result["ref_logps"] = rows.scatter(self._reference_alone(rows, temperature))
+            result["ref_logps"] = rows.scatter(self._reference_alone(rows, shared, temperature))
         elif quantities:
             assert states is not None
             grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
-            outputs = self._score(rows, states, quantities, frozenset(grad & quantities), temperature)
+            outputs = self._score(rows, shared, states, quantities, frozenset(grad & quantities), temperature)
             for name in want & _QUANTITY.keys():
                 result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
         if "values" in want:
@@ -157,15 +168,32 @@ class Policy(TrainableModule):
             )
         return want
 
+    def _shared(self, batch: Batch) -> SharedRows | None:
+        """The batch with each prompt once, where that may be used and pays."""
+        scorers = (self._scorer, self._reference.scorer(self._scorer))
+        if self.layout == "padded" or (self.layout == "auto" and all(s.not_shared is not None for s in scorers)):
+            return None
+        if self.dropout and self.training and torch.is_grad_enabled():
+            if self.layout == "shared":
+                raise ValueError("layout='shared' has no dropout: a prompt would share its noise; use layout='auto'")
+            return None
+        return build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0)
+
     def _score(
-        self, rows: Rows, states: Tensor, quantities: frozenset[str], grad: frozenset[str], temperature: float
+        self,
+        rows: Rows,
+        shared: SharedRows | None,
+        states: Tensor,
+        quantities: frozenset[str],
+        grad: frozenset[str],
+        temperature: float,
     ) -> HeadOutputs:
         """The head over scored tokens: one fused op where both heads are matrices, else chunk by chunk."""
         ref = ref_states = ref_head = None
         if quantities & {"ref_logps", "kl"}:
             ref = self._reference.scorer(self._scorer)
             with self._reference.active():
-                ref_states = ref.states(rows)
+                ref_states = ref.states(rows, shared)
         head = self._scorer.matrix_head() if self._scorer.path == "matrix" else None
         if ref is not None and ref is not self._scorer:
             ref_head = ref.matrix_head() if ref.path == "matrix" else None
@@ -230,12 +258,12 @@ class Policy(TrainableModule):
         names = [name for name in HeadOutputs._fields if name in quantities]
         return HeadOutputs(**{n: torch.cat(parts) for n, parts in zip(names, zip(*pieces, strict=True), strict=True)})
 
-    def _reference_alone(self, rows: Rows, temperature: float) -> Tensor:
+    def _reference_alone(self, rows: Rows, shared: SharedRows | None, temperature: float) -> Tensor:
         """``ref_logps`` when nothing of the policy is wanted."""
         scorer = self._reference.scorer(self._scorer)
         want = frozenset({"logps"})
         with self._reference.active():
-            states = scorer.states(rows)
+            states = scorer.states(rows, shared)
             head = scorer.matrix_head() if scorer.path == "matrix" else None
             if head is not None:
                 outputs = linear_logps(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlft import _check
-from rlft.models.layout import Rows
+from rlft.models.layout import Rows, build_rows
+from rlft.models.shared import SharedRows, build_shared, why_not
 from rlft.ops.dense import transform
+from rlft.types import Batch
 
-__all__ = ["CausalScorer", "Head", "unwrap"]
+__all__ = ["CausalScorer", "Head", "Layout", "unwrap"]
+
+Layout = Literal["auto", "padded", "shared"]
 
 
 class Head(NamedTuple):
@@ -39,10 +43,17 @@ class CausalScorer:
     2. ``module``: trunk, then the head module is called on the scored tokens (LoRA on the head, ``modules_to_save``,
        quantised heads);
     3. ``logits``: the whole model is called, and logits exist for every token.
+
+    In the same way it finds out whether the model may see each prompt once (:mod:`rlft.models.shared`).
+
+    Attributes:
+        layout: ``padded`` never shares, ``shared`` always does or refuses, ``auto`` does where the model allows it.
+        not_shared: why prompts are not shared, found on first use; None where they are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, layout: Layout = "padded") -> None:
         self.model = model
+        self.layout = layout
         config = getattr(model, "peft_config", None)
         if isinstance(config, dict) and any(getattr(c, "is_prompt_learning", False) for c in config.values()):
             raise ValueError(
@@ -55,6 +66,8 @@ class CausalScorer:
         self.logit_scale, self.softcap = _transform(text)
         self.max_positions = _position_limit(base, text)
         self.path: str | None = None
+        self.not_shared: str | None = None
+        self.shared_limit: int | None = None
 
     # -- parts ----------------------------------------------------------------------------------------------------
     @property
@@ -77,11 +90,29 @@ class CausalScorer:
         return Head(head.weight, head.bias, self.logit_scale, self.softcap)
 
     # -- forward --------------------------------------------------------------------------------------------------
-    def states(self, rows: Rows) -> Tensor:
-        """``[N, D]`` final hidden states that predict the scored tokens (path ``logits``: ``[N, V]`` logits)."""
+    def states(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
+        """``[N, D]`` final hidden states that predict the scored tokens (path ``logits``: ``[N, V]`` logits).
+
+        Args:
+            rows: the batch in the padded layout.
+            shared: the same batch in the shared layout, where that pays; used if the model allows it.
+        """
         self.check_rows(rows)
         self.ensure_path(rows)
-        return rows.gather(self._full_logits(rows) if self.path == "logits" else self._hidden(rows))
+        chosen = rows if shared is None or not self._may_share(shared) else shared
+        return chosen.gather(self._full_logits(chosen) if self.path == "logits" else self._hidden(chosen))
+
+    def _may_share(self, shared: SharedRows) -> bool:
+        why = self.not_shared
+        if why is None and self.shared_limit is not None and shared.longest > self.shared_limit:
+            why = f"a row of {shared.longest} tokens is longer than its attention window of {self.shared_limit}"
+        if why is None and shared.input_ids.device.type != "cpu":
+            why = f"there is no kernel for {shared.input_ids.device.type}"
+        if why is not None and self.layout == "shared":
+            raise ValueError(
+                f"layout='shared' is not possible for {type(self.base).__name__}: {why}; use layout='auto'"
+            )
+        return why is None and self.layout != "padded"
 
     def logits(self, states: Tensor) -> Tensor:
         """Final logits of some rows of :meth:`states`."""
@@ -91,15 +122,15 @@ class CausalScorer:
         assert head is not None
         return transform(head(states), logit_scale=self.logit_scale, softcap=self.softcap)
 
-    def _hidden(self, rows: Rows) -> Tensor:
+    def _hidden(self, rows: Rows | SharedRows) -> Tensor:
         trunk = self.trunk
         assert trunk is not None
         return trunk(**self._inputs(rows)).last_hidden_state
 
-    def _full_logits(self, rows: Rows) -> Tensor:
+    def _full_logits(self, rows: Rows | SharedRows) -> Tensor:
         return self.model(**self._inputs(rows)).logits
 
-    def _inputs(self, rows: Rows) -> dict[str, Any]:
+    def _inputs(self, rows: Rows | SharedRows) -> dict[str, Any]:
         return {
             "input_ids": rows.input_ids,
             "attention_mask": rows.attention_mask,
@@ -142,9 +173,42 @@ class CausalScorer:
                 truth = self._full_logits(probe)
                 _finite(truth, self.base)
                 self.path = self._agreeing_path(probe, truth)
+                if self.layout != "padded":
+                    self._ensure_shared(ids)
         finally:
             for module in was_training:
                 module.training = True
+
+    def _ensure_shared(self, ids: Tensor) -> None:
+        """Compare both layouts on a group of two; with every process in step, whatever the layout of its batch."""
+        self.not_shared, self.shared_limit = why_not(self.base)
+        if self.shared_limit is not None and self.shared_limit < 5:
+            self.not_shared = f"its attention window holds {self.shared_limit} tokens"
+        if ids.device.type != "cpu":
+            self.not_shared = self.not_shared or f"there is no kernel for {ids.device.type}"
+        if self.not_shared is not None:
+            return
+        exists = torch.ones(2, 3, dtype=torch.bool, device=ids.device)
+        prompt, tokens = ids[:, :2], torch.cat([ids[:, 1:], ids[:, :3].flip(1)])
+        batch = Batch(prompt, exists[:1, :2], tokens, exists, exists, torch.zeros_like(tokens[:, 0]))
+        rows, shared = build_rows(batch), build_shared(batch)
+        assert shared is not None
+        run = self._full_logits if self.path == "logits" else self._hidden
+        try:
+            with torch.autocast(ids.device.type, enabled=False):  # rounding would hide what is looked for
+                truth, mine = rows.gather(run(rows)).double(), shared.gather(run(shared))
+        except Exception as error:  # whatever the model does with its mask: it is found here, not while training
+            self.not_shared = f"it stopped with {type(error).__name__}: {error}"
+        else:
+            worst = float(((mine.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)).max())
+            if not worst <= 32 * torch.finfo(mine.dtype).eps:
+                self.not_shared = f"its hidden states differ by {worst:.1e} of their size"
+        if self.not_shared is not None:
+            warnings.warn(
+                f"{type(self.base).__name__} cannot compute the prompt of a group once ({self.not_shared}), so it is "
+                f"repeated for every completion (slower); pass layout='padded' to skip this check",
+                stacklevel=2,
+            )
 
     def _agreeing_path(self, probe: Rows, truth: Tensor) -> str:
         name = type(self.base).__name__

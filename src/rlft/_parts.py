@@ -1,0 +1,224 @@
+"""The parts of a run from its settings: data, tokenizer, models, rewards, optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlft import _meeting
+from rlft.config import Config, ConfigError
+from rlft.objective import Objective
+
+if TYPE_CHECKING:
+    pass
+
+
+logger = logging.getLogger("rlft")
+
+__all__ = [
+    "accelerator_for",
+    "adamw",
+    "critic_for",
+    "load",
+    "load_data",
+    "lora_settings",
+    "policy_model",
+    "reference_for",
+    "rewards_for",
+    "tokenized",
+    "tokenizer_for",
+]
+
+
+def accelerator_for(config: Config) -> Any:
+    from accelerate import Accelerator
+
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision='fp16' needs a CUDA device; use 'no' or 'bf16'")
+    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'fp16' or 'no'"
+        )
+    _meeting.meet()
+    trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
+    return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
+
+
+def load(config: Config, name: str, given: Any) -> Any:
+    """The rows of a setting (``train_data`` or ``eval_data``), or those given in memory, renamed; None without either."""
+    from rlft.data import load_rows
+
+    source = _expanded(name, given if given is not None else getattr(config, name))
+    return load_rows(source, columns=config.columns or None) if source is not None else None
+
+
+def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
+    """Rows to train on, rows held out, and the rows that a tokenizer may be made of: the whole file but the held-out."""
+    rows, held = load(config, "train_data", train), load(config, "eval_data", held_out)
+    if rows is None:
+        raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
+    if config.eval_fraction is not None:
+        rows, held = rows.split(config.eval_fraction, seed=0)
+    texts = rows
+    if config.train_slice is not None:
+        start, stop = (round(part * len(rows)) for part in config.train_slice)
+        if start == stop:
+            raise ConfigError(f"train_slice={config.train_slice} of {len(rows)} rows holds none; widen it, or add data")
+        rows = rows.select(range(start, stop))
+    if held is None:
+        for name in ("eval_steps", "eval_rows"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} does nothing without evaluation data; give eval_data or eval_fraction")
+        if config.eval_on_start:
+            raise ConfigError("eval_on_start does nothing without evaluation data; give eval_data or eval_fraction")
+    elif config.eval_rows is not None:
+        held = held.select(range(min(config.eval_rows, len(held))))
+    return rows, held, texts
+
+
+def _expanded(name: str, paths: Any) -> Any:
+    """Paths with ``${NAME}`` read from the environment."""
+    if isinstance(paths, list):
+        return [_expanded(name, path) for path in paths]
+    if isinstance(paths, str) and "$" in (path := os.path.expandvars(paths)):
+        raise ConfigError(
+            f"{name}={paths!r} names an environment variable that is not set (it became {path!r}); set it"
+        )
+    return os.path.expandvars(paths) if isinstance(paths, str) else paths
+
+
+def tokenizer_for(config: Config, given: Any, source: Any, rows: Any) -> Any:
+    from rlft import models
+    from rlft.models.vocabulary import train_tokenizer
+
+    if given is not None and not isinstance(given, (str, Path)):
+        models.check_tokenizer(given)
+        return given
+    name = given if given is not None else config.tokenizer
+    if isinstance(name, Mapping):
+        return train_tokenizer(rows, **name)
+    if name is None and isinstance(source, (str, Path)):
+        name = source
+    if name is None:
+        path = getattr(getattr(source, "config", None), "_name_or_path", "")
+        if not path:
+            raise ConfigError("the tokenizer is missing; pass processing_class, or set tokenizer")
+        name = path
+    return models.load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+
+
+def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any:
+    from rlft.data import tokenize
+
+    form = "prompt" if online and config.data_format == "auto" else config.data_format
+    return tokenize(
+        rows,
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        end_token_ids=config.end_token_ids,
+        format=form,
+        max_bad_fraction=config.max_bad_fraction,
+        separator=config.separator,
+    )
+
+
+def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenizer: Any) -> Any:
+    from rlft import models
+    from rlft.rewards import RewardSet, load_reward
+
+    functions = []
+    for spec in specs:
+        if isinstance(spec, (str, Path)) and Path(spec).is_dir():
+            scorer = models.ModelReward(spec)
+            scorer.scorer.to(device)
+            functions.append(scorer)
+        else:
+            functions.append(load_reward(str(spec) if isinstance(spec, Path) else spec))
+        if isinstance(functions[-1], models.ModelReward) and _other_tokens(functions[-1].tokenizer, tokenizer):
+            warnings.warn(
+                f"reward model {functions[-1].__name__!r} has another tokenizer than the policy: answers are decoded, and "
+                f"their text is encoded again for it, so both read the same text but not the same tokens",
+                stacklevel=5,
+            )
+    return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
+
+
+def _other_tokens(one: Any, other: Any) -> bool:
+    return one is not other and one.get_vocab() != other.get_vocab()
+
+
+def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objective) -> Any:
+    from rlft import models
+
+    if isinstance(source, Mapping):
+        source = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+                  "bos_token_id": tokenizer.bos_token_id, **source}  # fmt: skip
+    load = models.load_sequence_classifier if "scores" in objective.needs else models.load_causal_lm
+    return load(
+        source,
+        dtype=config.dtype,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        seed=config.seed,
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+    )
+
+
+def lora_settings(config: Config, given: Any) -> Any:
+    from rlft.models import LoraSettings
+
+    if given is not None:
+        return LoraSettings(**given) if isinstance(given, Mapping) else given
+    return LoraSettings(
+        r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=config.lora_target_modules
+    )
+
+
+def reference_for(config: Config, given: Any, objective: Objective) -> Any:
+    if not objective.needs_reference:
+        return "none"
+    target = given if given is not None else config.ref_model
+    if target is None:
+        return "copy" if config.sync_ref_model else "auto"
+    from rlft.models import load_causal_lm
+
+    return (
+        load_causal_lm(target, dtype=config.dtype).requires_grad_(False) if isinstance(target, (str, Path)) else target
+    )
+
+
+def critic_for(config: Config, objective: Objective) -> Any:
+    if not objective.needs_critic:
+        return "none"
+    if config.critic in (None, "shared"):
+        return "shared"
+    from rlft.models import load_causal_lm
+
+    return load_causal_lm(config.critic, dtype=config.dtype)
+
+
+def adamw(config: Config, policy: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights; vectors (norms, biases) are not decayed."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )

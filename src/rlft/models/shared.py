@@ -1,0 +1,179 @@
+"""The second layout: one packed row without padding, in which the prompt of a group is computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlft.models.attention import GroupMask, plan_segments
+from rlft.types import Batch
+
+__all__ = ["PAYS", "SharedRows", "build_shared", "why_not"]
+
+# Sharing is chosen where the padded layout holds this many times its tokens: below, the gain drowns in overhead.
+PAYS = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """One packed row: each prompt once, then the completions of its group.
+
+    A completion's last token is left out: nothing that is scored depends on it.
+
+    Attributes:
+        input_ids: ``[1, N]``.
+        attention_mask: who attends to whom; see :class:`rlft.models.attention.GroupMask`.
+        position_ids: ``[1, N]`` each token's place in its own prompt and completion.
+        index: ``[M]`` where the hidden state sits that predicts each scored token; the end of a prompt once per child.
+        longest: tokens of the longest prompt and completion together.
+        ratio: tokens of the padded layout for one token of this one.
+    """
+
+    input_ids: Int[Tensor, "1 N"]
+    attention_mask: GroupMask
+    position_ids: Int[Tensor, "1 N"]
+    index: Int[Tensor, " M"]
+    longest: int
+    ratio: float
+
+    def gather(self, states: Float[Tensor, "1 N ..."]) -> Float[Tensor, "M ..."]:
+        """The entries that predict completion tokens, in the order of :class:`rlft.models.layout.Rows`."""
+        return states[0].index_select(0, self.index)
+
+
+def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
+    """Lay a batch out as one packed row.
+
+    A prompt whose group has a single completion with more than one token is packed together with it.
+
+    Args:
+        batch: any batch; :func:`rlft.models.layout.build_rows` has refused empty prompts.
+        at_least: the least ratio of token counts that pays.
+
+    Returns:
+        The row; None when nothing is scored, or when the ratio is lower.
+    """
+    if batch.num_rows == 0:
+        return None
+    prompt_lengths: list[int] = batch.prompt_mask.sum(-1).tolist()
+    lengths: list[int] = batch.completion_mask.sum(-1).tolist()
+    group_ids: list[int] = batch.group_ids.tolist()
+    children: dict[int, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        if lengths[row]:
+            children.setdefault(group, []).append(row)
+    if not children:
+        return None
+    total = sum(prompt_lengths[g] for g in children) + sum(max(n - 1, 0) for n in lengths)
+    longest = max(prompt_lengths[g] + n for g, n in zip(group_ids, lengths, strict=True))
+    ratio = batch.num_rows * longest / total
+    if ratio < at_least or total < 2:  # one token: transformers takes it for a step of generation
+        return None
+
+    # The row in order: prompts with siblings to keep apart, their completions, then the rest. So what one kernel call
+    # takes lies side by side where lengths are equal. Segments are (start, length).
+    longer = {group: [row for row in rows if lengths[row] > 1] for group, rows in children.items()}
+    order = sorted(children)
+    split, whole = [g for g in order if len(longer[g]) > 1], [g for g in order if len(longer[g]) <= 1]
+    begins, starts = dict.fromkeys(order, 0), [0] * batch.num_rows
+    segments, groups = [], []
+    place = 0
+    for group in split:
+        begins[group] = place
+        segments.append((place, prompt_lengths[group]))
+        place += prompt_lengths[group]
+    for group in split:
+        first = place
+        for row in longer[group]:
+            starts[row] = place
+            segments.append((place, lengths[row] - 1))
+            place += lengths[row] - 1
+        groups.append(((first, place - first), (begins[group], prompt_lengths[group])))
+    for group in whole:
+        begins[group] = place
+        place += prompt_lengths[group]
+        for row in longer[group]:
+            starts[row] = place
+            place += lengths[row] - 1
+        segments.append((begins[group], place - begins[group]))
+    ends = [begins.get(group, 0) + prompt_lengths[group] - 1 for group in group_ids]
+
+    device = batch.device
+    # Where each token comes from: prompts, then completions, as (start in the row) + (rank in its own sequence).
+    input_ids = torch.zeros(total, dtype=torch.long, device=device)
+    position_ids = torch.zeros_like(input_ids)
+
+    def fill(ids: Tensor, exists: Tensor, begin: Tensor, offset: Tensor) -> None:
+        rank = exists.cumsum(-1)[exists] - 1
+        owner = exists.nonzero()[:, 0]
+        slot = begin[owner] + rank
+        input_ids[slot] = ids[exists].long()
+        position_ids[slot] = offset[owner] + rank
+
+    picked = torch.tensor(order, device=device)
+    fill(
+        batch.prompt_ids[picked],
+        batch.prompt_mask[picked],
+        torch.tensor([begins[g] for g in order], device=device),
+        torch.zeros(len(order), dtype=torch.long, device=device),
+    )
+    rank = batch.completion_mask.cumsum(-1) - 1
+    sizes = torch.tensor(lengths, device=device)
+    begin = torch.tensor(starts, device=device)
+    fill(
+        batch.completion_ids,
+        batch.completion_mask & (rank < sizes[:, None] - 1),
+        begin,
+        torch.tensor([prompt_lengths[g] for g in group_ids], device=device),
+    )
+    # Token t is predicted at token t - 1 of its completion; the first one at the end of the prompt.
+    before = torch.where(rank > 0, begin[:, None] + rank - 1, torch.tensor(ends, device=device)[:, None])
+    return SharedRows(
+        input_ids=input_ids[None],
+        attention_mask=GroupMask(plan_segments(segments, groups, device=device), device),
+        position_ids=position_ids[None],
+        index=before[batch.completion_mask],
+        longest=longest,
+        ratio=ratio,
+    )
+
+
+def why_not(base: Any) -> tuple[str | None, int | None]:
+    """What a model's config says about sharing prompts.
+
+    Args:
+        base: a transformers model.
+
+    Returns:
+        Why it is impossible (None: it may be possible), and the longest row for which it is (None: any).
+    """
+    config = base.config.get_text_config() if hasattr(base, "config") else None
+    if config is None:
+        return "it has no transformers config", None
+    name = getattr(config, "_attn_implementation", None)
+    if name != "sdpa":
+        return f"its attention implementation is {name!r}, not 'sdpa'", None
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder", None
+    for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(config, cap, None) is not None:
+            return "its attention scores are soft-capped", None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if odd := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"it has layers of type {odd[0]!r}", None
+    limits = [getattr(config, "attention_chunk_size", None)]
+    if not kinds or "sliding_attention" in kinds:
+        limits.append(getattr(config, "sliding_window", None))
+    rope = getattr(config, "rope_parameters", None) or {}
+    for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if settings.get("rope_type") in ("dynamic", "longrope"):  # frequencies that depend on the longest row
+            limits.append(
+                settings.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or getattr(config, "max_position_embeddings", None)
+            )
+    return None, min((int(limit) for limit in limits if limit), default=None)
