@@ -345,7 +345,10 @@ def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             lost: list[int] = []
             for position, (name, seeds) in enumerate(groups.items()):
-                colour, style = COLOURS[position % len(COLOURS)], _DASHES[position % len(_DASHES)]
+                colour, style = (
+                    COLOURS[position % len(COLOURS)],
+                    _DASHES[(position + position // len(COLOURS)) % len(_DASHES)],
+                )
                 drawn, bad = _spread(seeds, panel.keys[0], plain=panel.plain)
                 lost += bad
                 if drawn is None:
