@@ -373,7 +373,7 @@ def test_own_panels_can_be_given(tmp_path: Path, figures: list) -> None:
 
 def test_more_groups_than_colours_stay_apart(tmp_path: Path, figures: list) -> None:
     plot_curves({f"g{index}": [_rows(index)] for index in range(12)}, ["kl"], tmp_path / "x.png")
-    looks = {(line.get_color(), line.get_linestyle()) for line in figures[0].axes[0].lines}
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in figures[0].axes[0].lines}
     assert len(looks) == 12
 
 
