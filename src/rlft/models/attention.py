@@ -68,6 +68,7 @@ class Block:
         if self.start is not None:
             self._sequences(self._picked(x)).copy_(y)
         else:
+            assert self.target is not None
             x.index_copy_(0, self.target, self._rows(y))
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -75,11 +76,13 @@ class Block:
         if self.start is not None:
             self._sequences(self._picked(x)).add_(y)
         else:
+            assert self.target is not None
             x.index_add_(0, self.target, self._rows(y))
 
     def _picked(self, x: Tensor) -> Tensor:
         if self.start is not None:
             return x[self.start : self.start + self.count * self.width]
+        assert self.source is not None
         return x.index_select(0, self.source)
 
     def _sequences(self, picked: Tensor) -> Tensor:
