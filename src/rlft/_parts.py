@@ -40,12 +40,12 @@ __all__ = [
 def accelerator_for(config: Config) -> Any:
     from accelerate import Accelerator
 
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("mixed_precision='fp16' needs a CUDA device; use 'no' or 'bf16'")
-    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if config.mixed_precision == "fp16":  # the loss scale would never be updated
         raise ConfigError(
-            f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'fp16' or 'no'"
+            "mixed_precision='fp16' needs a CUDA device and loss scaling, which is not supported; use 'no' or 'bf16'"
         )
+    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'no'")
     _meeting.meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
