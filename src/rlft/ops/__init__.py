@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from rlft.ops.dense import logits_logps
 from rlft.ops.head import DEFAULT_CHUNK, PLANS, QUANTITIES, linear_logps
+from rlft.ops.moments import MOMENTS, log_ratio_moments
 from rlft.ops.outputs import HeadOutputs
 
-__all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "HeadOutputs", "linear_logps", "logits_logps"]
+__all__ = [
+    "DEFAULT_CHUNK",
+    "MOMENTS",
+    "PLANS",
+    "QUANTITIES",
+    "HeadOutputs",
+    "linear_logps",
+    "log_ratio_moments",
+    "logits_logps",
+]

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rlft import _check
 from rlft.ops.dense import logits_logps, transform
+from rlft.ops.fused import require
 from rlft.ops.outputs import HeadOutputs, finish
 from rlft.ops.plans import RecomputePlan, TilePlan
 from rlft.ops.tiles import Problem
 
 __all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "linear_logps"]
 
-Plan = Literal["auto", "dense", "tile", "recompute"]
+Plan = Literal["auto", "dense", "tile", "recompute", "triton"]
 PLANS: tuple[str, ...] = get_args(Plan)
 QUANTITIES: tuple[str, ...] = ("logps", "ref_logps", "entropy", "kl")
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "entropy", "kl")
@@ -64,7 +65,8 @@ def linear_logps(
             gradient that reaches a wanted but undeclared output is an error.
         plan: ``tile`` stores one ``[N, D]`` row of derivatives per declared output (frozen head; backward costs
             O(N D)); ``recompute`` walks the tiles again in the backward (trainable head); ``dense`` materialises the
-            logits (the oracle); ``auto`` takes ``recompute`` when the head requires grad, else ``tile``.
+            logits (the oracle); ``auto`` takes ``recompute`` when the head requires grad, else ``tile``; ``triton`` is
+            what ``auto`` takes, with one Triton kernel between the matrix products (CUDA).
         chunk: rows and vocabulary entries of one tile. Changes speed and memory, results only by rounding.
 
     Returns:
@@ -98,7 +100,10 @@ def linear_logps(
 
     tracking = torch.is_grad_enabled()
     head_trains = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if plan == "auto":
+    fused = plan == "triton"
+    if fused:
+        require(hidden.device)
+    if plan in ("auto", "triton"):
         plan = "recompute" if head_trains else "tile"
     if plan == "tile" and head_trains:
         raise ValueError(
@@ -133,6 +138,7 @@ def linear_logps(
         pre=logit_scale / (temperature if softcap is None else softcap),
         post=None if softcap is None else softcap / temperature,
         chunk=(chunk[0], chunk[1]),
+        fused=fused,
     )
     names = tuple(name for name in QUANTITIES if name in want)
     declared = tuple(name for name in names if name in grad)

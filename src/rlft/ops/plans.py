@@ -95,6 +95,9 @@ def _walk(
     """Vocabulary outside, rows inside: the sum of the head's gradient is one float32 tile, whatever its dtype."""
     space = Workspace(p)
     needs_ref = "kl" in given
+    d_logits = _d_logits
+    if p.fused:
+        from rlft.ops.fused import fused_d_logits as d_logits
     for cols in p.column_tiles():
         v = cols.stop - cols.start
         w = p.operand(p.weight[cols])
@@ -105,7 +108,7 @@ def _walk(
         for rows in p.row_tiles():
             h = p.operand(p.hidden[rows])
             hr = p.operand(p.ref_hidden[rows]) if needs_ref and p.ref_hidden is not None else None
-            dx = _d_logits(ctx, p, space, rows, cols, h, hr, given)
+            dx = d_logits(ctx, p, space, rows, cols, h, hr, given)
             if d_hidden is not None:
                 p.add_matmul(d_hidden[rows], dx, w)
             if tile_weight is not None:

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Problem", "scan"]
+__all__ = ["FAR", "Problem", "Rows", "Workspace", "logits", "scan"]
 
-_FAR = 30.0  # u beyond this: e * expm1(u) would be 0 * inf for underflowed e; the term is then the reference's mass
+FAR = 30.0  # u beyond this: e * expm1(u) would be 0 * inf for underflowed e; the term is then the reference's mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Problem:
     pre: float
     post: float | None
     chunk: tuple[int, int]
+    fused: bool = False  # by the kernels of rlft.ops.fused
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,9 +96,9 @@ class Workspace:
         self._dtype = problem.dtype
         self._flat: dict[str, Tensor] = {}
 
-    def get(self, name: str, rows: int, columns: int) -> Tensor:
+    def get(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._flat:
-            self._flat[name] = torch.empty(self._size, dtype=self._dtype, device=self._like.device)
+            self._flat[name] = torch.empty(self._size, dtype=dtype or self._dtype, device=self._like.device)
         return self._flat[name][: rows * columns].view(rows, columns)
 
 
@@ -181,12 +182,15 @@ def scan(p: Problem, want: frozenset[str], basis: frozenset[str]) -> Scan:
         basis={name: torch.empty(n, d, dtype=p.dtype, device=p.hidden.device) for name in sorted(basis)},
     )
     space = Workspace(p)
+    kind = Rows
+    if p.fused:
+        from rlft.ops.fused import FusedRows as kind
     for rows in p.row_tiles():
-        _Rows(p, rows, want, basis, space).run(result)
+        kind(p, rows, want, basis, space).run(result)
     return result
 
 
-class _Rows:
+class Rows:
     """The online state of one block of rows."""
 
     def __init__(self, p: Problem, rows: slice, want: frozenset[str], basis: frozenset[str], space: Workspace) -> None:
@@ -265,8 +269,8 @@ class _Rows:
         if self.ed_w is not None:
             self.ed_w.mul_(rescale[:, None])
         u = delta.neg_().add_(self.centre[:, None])
-        far = u > _FAR if bool((u.amax() > _FAR).item()) else None
-        psi = torch.clamp(u, max=_FAR, out=self.space.get("psi", *u.shape)).expm1_().sub_(u).mul_(e)
+        far = u > FAR if bool((u.amax() > FAR).item()) else None
+        psi = torch.clamp(u, max=FAR, out=self.space.get("psi", u.shape[0], u.shape[1])).expm1_().sub_(u).mul_(e)
         if far is not None:
             mass = ref.mul_((self.ref_top - self.top + self.centre).exp()[:, None])
             psi = torch.where(far, mass - e * (1.0 + u), psi)

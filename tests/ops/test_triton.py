@@ -1,0 +1,94 @@
+"""The Triton kernels through every test of the op: on a GPU as they are, elsewhere under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+pytest.importorskip("triton", reason="the Triton kernels need the package triton (Linux)")
+
+from rlft.ops import linear_logps
+from tests.ops import test_linear_logps, test_precision
+from tests.ops.problems import ALL, GRADS, leaves, problem, truth
+
+# pytest collects these names here too, with their parameters; the fixture sends every plan but the oracle to the kernels
+from tests.ops.test_linear_logps import (  # noqa: F401
+    test_disjoint_tiles_move_the_centre_far,
+    test_rows_at_ten_thousand,
+    test_tiny_policy_mass_where_the_reference_has_half,
+)
+
+# the interpreter is NumPy, which warns of what where() then leaves out
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def through_the_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Every plan but the oracle becomes ``triton``; a head that trains is recomputed, as with ``auto``."""
+
+    def fused(*args, plan: str = "auto", **settings):
+        return linear_logps(*args, plan="dense" if plan == "dense" else "triton", **settings)
+
+    monkeypatch.setattr(test_linear_logps, "linear_logps", fused)
+    monkeypatch.setattr(test_precision, "linear_logps", fused)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen head", "trained head"])
+def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
+    from rlft.ops import kernels
+
+    class Broken:
+        def __getitem__(self, grid: object) -> object:
+            raise RuntimeError("the kernel was called")
+
+    monkeypatch.setattr(kernels, "d_logits" if trains else "fold", Broken())
+    made = problem()
+    leaves(made, "hidden", *(["weight"] if trains else []))
+    with pytest.raises(RuntimeError, match="the kernel was called"):
+        linear_logps(**made, plan="triton", want=ALL, grad=GRADS).logps.sum().backward()
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e-3, 0.3, 0.7, 5.0])
+def test_differences_of_any_size_keep_their_digits(magnitude: float) -> None:
+    """float32 logits that differ by ``magnitude``: the KL is right to 1e-4, from underflow to saturation of the cap."""
+    made = problem(16, 8, 64, dtype=torch.float32, apart=0.0, bias=False)
+    made["ref_hidden"] = (made["hidden"].double() + magnitude * torch.randn(16, 8, dtype=torch.float64)).float()
+    moved = bool((made["ref_hidden"] != made["hidden"]).any())
+    for softcap in (None, 3.0):
+        kl = linear_logps(**made, softcap=softcap, want=frozenset({"kl"}), plan="triton", chunk=(8, 24)).kl
+        expected = truth(**made, softcap=softcap)["kl"]
+        assert kl is not None
+        assert (kl >= 0).all()
+        if moved and magnitude >= 1e-3:
+            torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("settings", [{}, {"softcap": 2.0, "temperature": 0.7}, {"logit_scale": 0.25}], ids=str)
+@pytest.mark.parametrize("own_head", [True, False], ids=["own head", "reference head"])
+def test_values_and_gradients(own_head: bool, settings: dict[str, float], trains: bool) -> None:
+    made = problem(own_head=own_head, scale=1.5)
+    inputs = leaves(made, "hidden", *(["weight", "bias"] if trains else []))
+    expected = truth(**made, **settings)
+    out = linear_logps(**made, **settings, want=ALL, grad=GRADS, plan="triton", chunk=(3, 4))._asdict()
+    upstream = {name: torch.randn(7, dtype=torch.float64) for name in GRADS}
+    for name in ALL:
+        torch.testing.assert_close(out[name], expected[name], rtol=1e-11, atol=1e-11)
+    mine = torch.autograd.grad(sum((out[n] * g).sum() for n, g in upstream.items()), inputs)
+    theirs = torch.autograd.grad(sum((expected[n] * g).sum() for n, g in upstream.items()), inputs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        ValueError, match=r"plan 'triton' needs a CUDA device, and the tensors are on cpu; use plan='tile'"
+    ):
+        linear_logps(**problem(), plan="triton")
