@@ -6,7 +6,7 @@ CONSTRAINTS := -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-peers test-gpu check format bench results docs mutants kill-tests clean
+.PHONY: demo test test-slow test-peers test-gpu check format bench worlds results docs mutants kill-tests fuzz clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/rlft demo --output runs/demo
@@ -36,8 +36,20 @@ format: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m benchmarks.run
 
+worlds: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.worlds
+
 results: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -q -m data --timeout 3600
+
+kill-tests: $(VENV)/.stamp-dev
+	$(BIN)/python -m tests.reliability
+
+mutants: $(VENV)/.stamp-dev
+	$(BIN)/python -m tests.mutation.run
+
+fuzz: $(VENV)/.stamp-dev
+	$(BIN)/python -m tests.fuzz
 
 docs: $(VENV)/.stamp-docs
 	$(BIN)/mkdocs build --strict

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from rlft.advantages import Groups, gae, group_mean, group_norm, leave_one_out, whiten
+from rlft.advantages import (
+    Groups,
+    batch_norm,
+    gae,
+    group_mean,
+    group_mean_batch_norm,
+    group_norm,
+    leave_one_out,
+    whiten,
+)
 
 F64 = torch.float64
 NAN = torch.nan
@@ -141,15 +152,33 @@ def test_wrong_inputs_are_refused(advantage) -> None:
 
 
 def test_group_statistics_per_position() -> None:
-    ids, member = torch.tensor([0, 1, 0, 0]), torch.tensor([True, True, True, False])
+    """Group 0: rows 0 and 2, row 3 unscored; group 1: row 1 alone; group 2: row 4, unscored."""
+    ids, member = torch.tensor([0, 1, 0, 0, 2]), torch.tensor([True, True, True, False, False])
     groups = Groups.of(ids, member)
-    x = torch.tensor([[1.0, 2.0], [5.0, 6.0], [3.0, 8.0], [99.0, NAN]], dtype=F64)
-    assert groups.mean(x).tolist() == [[2, 5], [5, 6], [2, 5], [2, 5]]
-    assert groups.centred(x).tolist() == [[-1, -3], [0, 0], [1, 3], [0, 0]]
-    assert groups.others_mean(x).tolist() == [[3, 8], [0, 0], [1, 2], [0, 0]]
-    assert groups.against_others(x).tolist() == [[-2, -6], [0, 0], [2, 6], [0, 0]]
-    assert groups.variance(x)[:3].tolist() == [[2, 18], [0, 0], [2, 18]]
-    assert groups.count.tolist() == [2, 1, 2, 2]
+    x = torch.tensor([[1.0, 2.0], [5.0, 6.0], [3.0, 8.0], [99.0, NAN], [-7.0, NAN]], dtype=F64)
+    assert groups.count.tolist() == [2, 1, 2, 2, 0]
+    assert groups.total(x).tolist() == [[4, 10], [5, 6], [4, 10], [4, 10], [0, 0]]
+    assert groups.mean(x).tolist() == [[2, 5], [5, 6], [2, 5], [2, 5], [0, 0]]
+    assert groups.centred(x).tolist() == [[-1, -3], [0, 0], [1, 3], [0, 0], [0, 0]]
+    assert groups.others_mean(x).tolist() == [[3, 8], [0, 0], [1, 2], [0, 0], [0, 0]]
+    assert groups.against_others(x).tolist() == [[-2, -6], [0, 0], [2, 6], [0, 0], [0, 0]]
+    assert groups.std(x, ddof=0).tolist() == [[1, 3], [0, 0], [1, 3], [1, 3], [0, 0]]
+    sample = torch.tensor([[2, 18], [0, 0], [2, 18], [2, 18], [0, 0]], dtype=F64).sqrt()
+    torch.testing.assert_close(groups.std(x, ddof=1), sample, rtol=1e-15, atol=0)
+    deep = torch.stack([x, 10 * x], dim=1)  # [B, 2, 2]: every further dimension is a position of its own
+    for statistic in (groups.total, groups.mean, groups.centred, groups.others_mean, groups.against_others):
+        torch.testing.assert_close(statistic(deep)[:, 0], statistic(x), rtol=0, atol=0)
+        torch.testing.assert_close(statistic(deep)[:, 1], 10 * statistic(x), rtol=1e-15, atol=0)
+
+
+def test_the_others_of_a_large_group_are_not_its_smallest() -> None:
+    """Four members, by hand: their mean is 4, that of the others (16 - x) / 3."""
+    groups = Groups.of(torch.zeros(4).long(), torch.ones(4).bool(), at_least=4, wanted_by="this test")
+    x = torch.tensor([1.0, 4.0, 4.0, 7.0], dtype=F64)
+    torch.testing.assert_close(groups.others_mean(x), (16 - x) / 3, rtol=1e-15, atol=0)
+    torch.testing.assert_close(groups.against_others(x), x - (16 - x) / 3, rtol=1e-15, atol=1e-15)
+    with pytest.raises(ValueError, match="this test needs groups of at least 5 rows, group 0 has 4"):
+        Groups.of(torch.zeros(4).long(), torch.ones(4).bool(), at_least=5, wanted_by="this test")
 
 
 # -- gae --------------------------------------------------------------------------------------------------------------
@@ -220,8 +249,15 @@ def test_gae_refuses() -> None:
     for wrong in ((x[:, :1], x, mask), (x, x[:1], mask), (x, x, mask[:, :1]), (x[:, 0], x[:, 0], mask[:, 0])):
         with pytest.raises(ValueError, match="must"):
             gae(*wrong, gamma=1.0, lam=0.9)
+    with pytest.raises(ValueError, match="lam must be >= 0 and <= 1"):
+        gae(x, x, mask, gamma=1.0, lam=1.5)
+    with pytest.raises(ValueError, match="gamma must be"):
+        gae(x, x, mask, gamma=-0.1, lam=1.0)
     with pytest.raises(ValueError, match="values must be finite"):
         gae(x, x + NAN, mask, gamma=1.0, lam=0.9)
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        gae(x + NAN, x, mask, gamma=1.0, lam=0.9)
+    assert gae(x[:, :0], x[:, :0], mask[:, :0], gamma=1.0, lam=0.0)[0].shape == (2, 0)
 
 
 # -- whitening --------------------------------------------------------------------------------------------------------
@@ -251,3 +287,56 @@ def test_whiten_edges() -> None:
         whiten(x, only, ddof=3)
     with pytest.raises(ValueError, match="shape of values"):
         whiten(x, only[:, :1])
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("eps", [0.0, 0.3, 2.0])
+def test_whiten_by_hand(ddof: int, eps: float) -> None:
+    """1, 2 and 6 count: mean 3, squares 4 + 1 + 9."""
+    x, mask = torch.tensor([[1.0, NAN, 2.0], [6.0, -9.0, 50.0]], dtype=F64), torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()
+    deviation = math.sqrt(14 / (3 - ddof) + eps)
+    found = whiten(x, mask, eps=eps, ddof=ddof)
+    assert found.flatten().tolist() == pytest.approx([v / deviation for v in (-2, 0, -1, 3, 0, 0)], rel=1e-14)
+    kept = whiten(x, mask, eps=eps, ddof=ddof, shift_mean=False)
+    by_hand = [3 - 2 / deviation, 0, 3 - 1 / deviation, 3 + 3 / deviation, 0, 0]
+    assert kept.flatten().tolist() == pytest.approx(by_hand, rel=1e-14)
+    r, ids = torch.tensor([1.0, NAN, 2.0, 6.0], dtype=F64), torch.tensor([0, 0, 0, 1])
+    batch = batch_norm(r, ids, eps=eps, ddof=ddof)
+    assert batch.tolist() == pytest.approx([v / deviation for v in (-2, 0, -1, 3)], rel=1e-14)
+    # less the group's mean: -1/2, 1/2 and 0
+    deviation = math.sqrt(0.5 / (3 - ddof) + eps)
+    centred = group_mean_batch_norm(r, ids, eps=eps, ddof=ddof)
+    assert centred.tolist() == pytest.approx([-0.5 / deviation, 0, 0.5 / deviation, 0], rel=1e-14)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_whiten_of_equal_entries_is_exactly_zero(eps: float) -> None:
+    """Seven 0.1 have a mean that is not 0.1: what rounding leaves must not be scaled up."""
+    for value in (0.1, 1 / 3, -7.3, 1e30, 0.0):
+        for size in (1, 2, 7):
+            x, mask = torch.full((size,), value), torch.ones(size).bool()
+            for ddof in (0, 1):
+                assert whiten(x, mask, eps=eps, ddof=ddof).eq(0).all()
+                assert torch.equal(whiten(x, mask, eps=eps, ddof=ddof, shift_mean=False), x)
+
+
+def test_whiten_at_the_ends_of_float32() -> None:
+    mask = torch.ones(2).bool()
+    for size in (1e-30, 1.0, 1e30):
+        found = whiten(torch.tensor([size, -size]), mask, eps=0.0, ddof=0)
+        assert found.tolist() == pytest.approx([1, -1], rel=1e-6)
+    assert whiten(torch.tensor([1e-30, -1e-30]), mask).abs().max() < 1e-20  # eps is far larger
+    assert whiten(torch.zeros(0, 3), torch.zeros(0, 3).bool()).shape == (0, 3)
+
+
+def test_whiten_refuses() -> None:
+    x, mask = torch.tensor([1.0, 2.0]), torch.ones(2).bool()
+    for wrong, message in (
+        ((x.long(), mask), "values must be floating point"),
+        ((x, mask.float()), "mask must be a bool"),
+        ((x + NAN, mask), "values must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            whiten(*wrong)
+    with pytest.raises(ValueError, match="eps must be >= 0"):
+        whiten(x, mask, eps=-1e-6)

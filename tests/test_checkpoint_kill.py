@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 import rlft
 from rlft import checkpoint
 from rlft._failpoint import failpoint, failpoints_in_source
+from rlft._files import disk_trouble
 from tests import checkpoint_harness as harness
 
 SOURCE = Path(rlft.__file__).parent
@@ -286,8 +289,24 @@ def test_failpoint_raises_at_the_counted_passage(monkeypatch: pytest.MonkeyPatch
     failpoint("only.here")
 
 
+def test_failpoint_sends_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    monkeypatch.setenv("RLFT_FAILPOINT", "signal.here:2:signal:SIGUSR1")
+    try:
+        for _ in range(3):
+            failpoint("signal.here")
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert heard == [signal.SIGUSR1]
+
+
 @pytest.mark.parametrize(
-    "spec", ["", "name", "name:0", "name:x", "name:1:oserror", "name:1:oserror:NOPE", "name:1:boom:EIO"]
+    "spec",
+    [
+        *("", "name", "name:0", "name:x", "name:1:oserror", "name:1:oserror:NOPE", "name:1:boom:EIO"),
+        *("name:1:signal", "name:1:signal:NOPE", "name:1:signal:SIGTERM:more", "name:1:oserror:__doc__"),
+    ],
 )
 def test_failpoint_refuses_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     monkeypatch.setenv("RLFT_FAILPOINT", spec)
@@ -308,3 +327,37 @@ def test_names_are_followed_through_helpers(tmp_path: Path) -> None:
         "def use():\n    high('top')\n    failpoint('bare')\n"
     )
     assert failpoints_in_source(tmp_path) == {"top.low", "top.again.low", "bare"}
+
+
+# -- what a disk refused, in words ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "x"),
+            "No space left on device, about 1,234 bytes needed, N bytes free; free some space",
+        ),
+        (
+            OSError(errno.EFBIG, "x"),
+            "File too large, about 1,234 bytes needed, N bytes free; a file grew over the limit",
+        ),
+        (OSError(errno.EROFS, "x"), "Read-only file system, about 1,234 bytes needed, N bytes free; make the folder"),
+        (OSError(errno.EIO, "x"), "Input/output error, about 1,234 bytes needed, N bytes free"),
+        (RuntimeError("Error: I/O error: No space left on device (os error 28)"), "No space left on device, about"),
+        (RuntimeError("something else"), None),
+        (OSError("without a number"), None),
+    ],
+)
+def test_disk_trouble_in_words(tmp_path: Path, error: Exception, words: str | None) -> None:
+    said = disk_trouble(error, tmp_path, 1234)
+    if words is None:
+        assert said is None
+    else:
+        assert said is not None
+        assert re.sub(r"[\d,]+ bytes free", "N bytes free", said).startswith(words)
+
+
+def test_disk_trouble_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    assert "free space unknown" in str(disk_trouble(OSError(errno.EIO, "x"), tmp_path / "gone", 1))

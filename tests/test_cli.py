@@ -71,9 +71,11 @@ def test_errors_are_one_plain_line(
     assert "Traceback" not in error
 
 
-def test_traceback_on_request(config: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean"):
-        cli.main(["train", str(config), "bta=1", "--traceback"])
+def test_traceback_on_request(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(config), "bta=1", "--traceback"]) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert "did you mean" in error.splitlines()[-1]
 
 
 def test_fields_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

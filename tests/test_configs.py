@@ -81,6 +81,7 @@ def short(path: Path, folder: Path) -> dict[str, float]:
         values |= {"model": {**values["model"], **TINY}, "tokenizer": {**values["tokenizer"], "vocab_size": 400}}
     else:
         values["model"] = values["model"].replace("runs/", f"{folder}/")
+    values["rewards"] = [r.replace("runs/", f"{folder}/") if isinstance(r, str) else r for r in values["rewards"]]
     rows = first_rows(source["train_data"])
     held = first_rows(source["eval_data"])[:8] if source["eval_data"] != "None" else None
     with warnings.catch_warnings():
@@ -90,8 +91,8 @@ def short(path: Path, folder: Path) -> dict[str, float]:
 
 
 CHAINS = {
-    "polite_pairs": ["sft", "reward_model", "dpo", "ipo", "agro"],
-    "word_problems": ["sft", "agro", "rloo", "grpo"],
+    "polite_pairs": ["sft", "reward_model", "dpo", "ipo", "agro", "online_dpo", "bpo", "nash_md", "ipo_md"],
+    "word_problems": ["sft", "agro", "rloo", "grpo", "expert_iteration"],
     "thumbs": ["kto"],
     "gsm8k": ["sft", "agro"],
 }
@@ -100,6 +101,8 @@ EXPECTED = {
     "polite_pairs/sft": "eval_loss", "polite_pairs/reward_model": "eval_accuracy", "polite_pairs/dpo": PAIR_METRIC,
     "polite_pairs/ipo": PAIR_METRIC, "polite_pairs/agro": PAIR_METRIC, "word_problems/sft": "eval_loss",
     "word_problems/agro": "eval_reward", "word_problems/rloo": "eval_reward", "word_problems/grpo": "eval_reward",
+    "polite_pairs/online_dpo": "eval_reward", "polite_pairs/bpo": "eval_reward", "polite_pairs/nash_md": "eval_reward",
+    "polite_pairs/ipo_md": "eval_reward", "word_problems/expert_iteration": "eval_reward",
     "thumbs/kto": "eval_rewards/chosen", "gsm8k/sft": "eval_loss", "gsm8k/agro": "eval_reward",
 }  # fmt: skip
 

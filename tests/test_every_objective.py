@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlft import Trainer, losses, recipes
+from rlft import Trainer, _pairwise_rules, losses, recipes
 from rlft.config import load_config
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, tiny_llama
@@ -34,7 +34,6 @@ RANKED = [
         "completions": ["a", "bc", "d"],
         "scores": [1.0, 0.5, 0.0],
         "weights": [1.0, 0.5, 0.5],
-        "win_rates": [0.9, 0.5, 0.1],
     }
     for i in range(8)
 ]
@@ -50,7 +49,7 @@ HYPER: dict[str, Any] = {
     "clip_eps_high": 0.3,
 }
 #: Tensors [B, T] that no dataset column can hold: a subclass makes them in ``prepare``.
-TENSORS = {"behaviour_log_ratio", "behaviour_log_ratio_sq", "token_log_ratio_sq", "teacher_kl", "step_labels"}
+TENSORS = {"teacher_kl", "step_labels"}
 
 
 class WithTensors(Trainer):
@@ -71,8 +70,11 @@ def rows_for(objective: Any) -> list[dict[str, Any]]:
         return PAIRS
     if "labels" in needs:
         return THUMBS
-    if {"rewards", "advantages", "returns", "weights", "win_rates", "group_ids"} & needs:
-        return PROMPTS if objective.advantage == "gae" or objective.kl == "reward" else RANKED
+    if _pairwise_rules.plays(objective):
+        return PROMPTS
+    if {"rewards", "advantages", "returns", "weights", "group_ids"} & needs:
+        of_policy = objective.on_policy_only or "behaviour_log_ratio" in needs
+        return PROMPTS if of_policy or objective.advantage == "gae" or objective.kl == "reward" else RANKED
     return ANSWERS
 
 
@@ -96,8 +98,11 @@ def test_trains_from_yaml(tmp_path: Path, name: str) -> None:
         "objective": name, "objective_args": hyper, "output_dir": str(tmp_path / "run"), "max_steps": 2, "learning_rate": 0.01,
         "per_device_train_batch_size": 4, "max_completion_length": 6, "disable_tqdm": True, "report_to": [],
     }  # fmt: skip
+    if objective.trust_region is not None:
+        del settings["learning_rate"]  # the step has no optimizer
     if rows is PROMPTS:
         settings |= {"num_generations": 4, "per_device_train_batch_size": 8}
+        settings |= {"mixture_coef": 0.5} if _pairwise_rules.plays(objective) else {}
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(settings))
     scorer = "scores" in objective.needs
@@ -113,3 +118,41 @@ def test_trains_from_yaml(tmp_path: Path, name: str) -> None:
     assert math.isfinite(values["loss"])
     assert values["grad_norm"] > 0
     assert any(not torch.equal(before[n], p) for n, p in t.policy.named_parameters() if n in before)
+
+
+def of_pairs() -> list[str]:
+    """Objectives on pairs of answers, but for those that train a reward model."""
+    built = {name: recipes.build(name, **hyper_of(name)) for name in recipes.names()}
+    return [name for name, o in built.items() if _pairwise_rules.wants_pairs(o) and "scores" not in o.needs]
+
+
+def hyper_of(name: str) -> dict[str, Any]:
+    function = recipes.RECIPES.get(name) or getattr(losses, name)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: HYPER.get(p.name, 0.5) for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+
+
+@pytest.mark.parametrize("name", of_pairs())
+def test_pair_objectives_train_online_from_yaml(tmp_path: Path, name: str) -> None:
+    """Prompts and a reward in place of pairs, and nothing else: answers are sampled and paired."""
+    settings = {
+        "objective": name, "objective_args": hyper_of(name), "output_dir": str(tmp_path / "run"), "max_steps": 2,
+        "learning_rate": 0.01, "num_generations": 4, "per_device_train_batch_size": 8, "pair_selection": "all",
+        "max_completion_length": 6, "disable_tqdm": True, "report_to": [],
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings))
+    t = Trainer(
+        tiny_llama(), load_config(path), train_dataset=PROMPTS, processing_class=char_tokenizer(), reward_funcs=shape
+    )
+    before = {n: p.detach().clone() for n, p in t.policy.named_parameters() if p.requires_grad}
+    values = t.train()
+    assert math.isfinite(values["loss"])
+    assert values["grad_norm"] > 0
+    assert 0 <= values["pairs/tied_fraction"] < 1
+    assert any(not torch.equal(before[n], p) for n, p in t.policy.named_parameters() if n in before)
+
+
+def shape(completions: list[str], **columns: Any) -> list[float]:
+    """Two answers seldom earn the same."""
+    return [sum(map(ord, text)) / 500 for text in completions]

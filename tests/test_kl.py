@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -210,3 +211,75 @@ def test_senseless_controllers_are_refused() -> None:
         kl.controller_from_state_dict({"kind": "proportionate", "beta": 0.1})
     with pytest.raises(ValueError, match="has the fields beta, target, got beta, goal"):
         kl.controller_from_state_dict({"kind": "halve_double", "beta": 0.1, "goal": 1.0})
+
+
+# -- to the edge ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_log_probs_that_cannot_be_are_refused(name: str) -> None:
+    good, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
+    for bad in (torch.nan, torch.inf, -torch.inf, 3.0):
+        wrong = torch.tensor([[-1.0, bad]])
+        with pytest.raises(ValueError, match="^logps holds"):
+            getattr(kl, name)(wrong, good, mask)
+        with pytest.raises(ValueError, match="^ref_logps holds"):
+            getattr(kl, name)(good, wrong, mask)
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_is_float32_out(name: str, dtype: torch.dtype) -> None:
+    a, b = torch.tensor([[-1.1, -2.3]]).to(dtype), torch.tensor([[-0.7, -3.9]]).to(dtype)
+    mask = torch.ones(1, 2).bool()
+    half, single = ((a.abs(),), (a.abs().float(),)) if name == "exact" else ((a, b), (a.float(), b.float()))
+    found = getattr(kl, name)(*half, mask)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, getattr(kl, name)(*single, mask))
+
+
+def test_exact_refuses() -> None:
+    token_kl, mask = torch.ones(1, 2), torch.ones(1, 2).bool()
+    with pytest.raises(ValueError, match="token_kl must be one number per token"):
+        kl.exact(token_kl[0], mask[0])
+    with pytest.raises(ValueError, match="mask must be a bool tensor"):
+        kl.exact(token_kl, mask.float())
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [(kl.ProportionalKL, ("beta", "target", "horizon", "limit")), (kl.HalveDoubleKL, ("beta", "target"))],
+)
+def test_every_field_of_a_controller_is_positive(make, fields: tuple[str, ...]) -> None:
+    good = dict.fromkeys(fields, 0.5)
+    for name in fields:
+        assert getattr(make(**{**good, name: 1e-9}), name) == 1e-9
+        with pytest.raises(ValueError, match=f"{name} must be > 0"):
+            make(**{**good, name: 0.0})
+    with pytest.raises(ValueError, match="observed must be finite"):
+        make(**good).update(float("inf"))
+
+
+def test_steps_of_controllers_at_their_edges() -> None:
+    controller = kl.ProportionalKL(0.1, target=6.0, horizon=100.0)
+    assert controller.update(6.6).beta == pytest.approx(0.1 * (1 + 0.1 / 100), rel=1e-14)  # one sample
+    assert controller.update(6.6, samples=0) == controller
+    with pytest.raises(ValueError, match="samples must be >= 0"):
+        controller.update(6.6, samples=-1)
+    with pytest.raises(ValueError, match="raise horizon"):
+        controller.update(0.0, samples=500)  # beta would be exactly zero
+    assert controller.update(0.0, samples=499).beta == pytest.approx(0.1 * 0.002, rel=1e-9)
+    halving = kl.HalveDoubleKL(0.4, target=3.0)
+    assert halving.update(2.0) is halving
+    assert halving.update(4.5) is halving
+    with pytest.raises(ValueError, match="kind must be one of"):
+        kl.controller_from_state_dict({"beta": 0.1})
+
+
+def test_controllers_share_one_interface() -> None:
+    """A trainer updates any of them: by the observed KL, of one sample unless it says so."""
+    for make in (kl.FixedKL, kl.ProportionalKL, kl.HalveDoubleKL):
+        parameters = inspect.signature(make.update).parameters
+        assert list(parameters) == ["self", "observed", "samples"]
+        assert parameters["samples"].default == 1
+        assert parameters["samples"].kind is inspect.Parameter.KEYWORD_ONLY

@@ -22,12 +22,12 @@ SOURCE = ROOT / "src" / "rlft"
 LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files"),
     "L1": ("types", "kl", "advantages"),
-    "L2": ("losses", "ops", "worlds"),
+    "L2": ("losses", "ops", "trust_region", "worlds"),
     "L3": ("_terms", "objective", "recipes", "catalogue"),
     "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
     "L5": ("rollout",),
     "L6": (
-        "_checks", "_curves", "_guard", "_meeting", "_page", "_parts", "_plan", "_state", "display", "doctor", "evaluate",
+        "_checks", "_controllers", "_correction", "_curves", "_first_step", "_floor", "_guard", "_meeting", "_meter", "_micro", "_old_logps", "_page", "_pairwise", "_pairwise_rules", "_parts", "_plan", "_ref_cache", "_selfcheck", "_shares", "_state", "_trust_step", "_watchdog", "display", "doctor", "evaluate",
         "online", "report", "setup",
         "trainer",
     ),
@@ -38,6 +38,8 @@ CORE = ("L0", "L1", "L2", "L3")
 CORE_PACKAGES = {"torch", "jaxtyping"}
 #: What the core may import inside a function that shows a table, and nowhere else.
 SHOWS = {"catalogue": {"rich"}}
+#: A file of the core that is itself imported on demand, and what it exists to import.
+ON_DEMAND = {"ops/kernels.py": {"triton"}}
 #: The parts that a script may well want without paying for transformers.
 LIGHT = ["rlft", "rlft.config", "rlft.rewards", "rlft.checkpoint", "rlft.metrics", "rlft.cli", "rlft.trainer"]
 HEAVY = ("transformers", "peft", "accelerate", "datasets", "matplotlib", "vllm", "trl")
@@ -144,6 +146,7 @@ def heavy_in_core(path: Path, source: str) -> list[str]:
     if f"L{RANK[unit]}" not in CORE:
         return []
     allowed = CORE_PACKAGES | {"rlft"} | set(sys.stdlib_module_names)
+    allowed |= ON_DEMAND.get(path.relative_to(SOURCE).as_posix(), set())
     found = []
     for name, line, at_top in imports(source):
         package = name.split(".")[0]
@@ -157,6 +160,16 @@ def test_the_core_needs_torch_alone() -> None:
     assert heavy_in_core(SOURCE / "losses" / "dpo.py", "def f():\n    import transformers")
     assert heavy_in_core(SOURCE / "catalogue.py", "import rich")
     assert not heavy_in_core(SOURCE / "catalogue.py", "def show():\n    import rich")
+    assert heavy_in_core(SOURCE / "ops" / "head.py", "import triton")
+
+
+def test_files_imported_on_demand_are_imported_inside_functions() -> None:
+    on_demand = {"rlft." + name.removesuffix(".py").replace("/", ".") for name in ON_DEMAND}
+    for path in INNER:
+        for node in ast.parse(text_of(path)).body:
+            if isinstance(node, ast.ImportFrom):
+                found = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+                assert not found & on_demand, f"{path.name}, line {node.lineno}"
 
 
 def test_importing_rlft_loads_no_heavy_package() -> None:

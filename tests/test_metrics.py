@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -539,3 +540,25 @@ def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
     assert redact(["uses correct-horse-battery here", "abc"]) == ["uses [redacted] here", "abc"]
+
+
+@pytest.mark.parametrize(
+    "point", ["metrics.sync", "metrics.resume.sync", "metrics.resume.truncate", "metrics.partial.sync"]
+)
+def test_a_full_disk_names_the_log_wherever_it_is_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in (1, 2):
+            log.write(step, {"loss": 1.0})
+    if "partial" in point:
+        with path.open("a") as torn:
+            torn.write('{"st')
+    monkeypatch.setenv("RLFT_FAILPOINT", f"{point}.before:1:oserror:ENOSPC")
+    monkeypatch.setattr("rlft._failpoint._passages", Counter())
+    with pytest.raises(OSError, match=r"metrics not written, No space left on device, about .* bytes needed") as caught:  # noqa: PT012
+        with MetricsLog(path) as log:
+            log.sync()
+            log.truncate_to(1)
+    assert caught.value.filename == str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from rlft import _guard, checkpoint
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
+from rlft.metrics import read_metrics
 from rlft.objective import Objective
 from tests.bad_input.common import ANSWERS, same, state, stops, trainer
 from tests.tiny import tiny_llama
@@ -220,3 +222,96 @@ def test_settings_that_are_no_numbers_never_reach_the_optimizer(tmp_path: Path) 
         for value in (math.nan, math.inf):
             with pytest.raises(ConfigError, match=name):
                 run(tmp_path, **{name: value})
+
+
+# -- steps that may be skipped ------------------------------------------------------------------------------------------------
+def poison_steps(t: Any, *steps: int, value: float = math.nan) -> list[dict[str, Tensor]]:
+    """Make the loss of these steps (counted from 0) not finite; gives the state after each step, as it goes."""
+    compute = t.compute_loss
+    t.compute_loss = lambda b, d: compute(b, d) + (value if t.step in steps else 0.0)
+    states = [state(t)]
+    t.callbacks.append(lambda event, r, values: states.append(state(r)) if event == "step" else None)
+    return states
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_skipped_step_changes_nothing_and_is_logged_raw(
+    tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    t = run(tmp_path, max_nonfinite_steps=2, save_steps=None)
+    states = poison_steps(t, 1, 2, value=value)
+    t.train()
+    assert t.step == 4
+    assert [same(a, b) for a, b in itertools.pairwise(states)] == [False, True, True, False]
+    assert any(name.startswith("moment") for name in states[2])
+    rows = read_metrics(t.run_dir)
+    assert [math.isfinite(row["loss"]) for row in rows] == [True, False, False, True]
+    assert str(rows[1]["loss"]) == str(value)
+    assert [row.get("nonfinite_steps") for row in rows] == [0, 1, 2, 2]
+    told = [r.message for r in caplog.records if "was not applied" in r.message]
+    assert [message.split(":")[0] for message in told] == ["step 2", "step 3"]
+    assert "1 of max_nonfinite_steps=2 skipped" in told[0]
+
+
+def test_one_too_many_stops(tmp_path: Path) -> None:
+    """In all, not in a row."""
+    t = run(tmp_path, max_nonfinite_steps=1, max_steps=6)
+    states = poison_steps(t, 1, 3)
+    with pytest.raises(TrainingError, match="step 4: loss=nan"):
+        t.train()
+    assert (t.step, t.nonfinite_steps) == (3, 1)
+    assert same(states[3], state(t))
+
+
+def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
+    t = run(tmp_path, max_nonfinite_steps=1, max_steps=6)
+    poison_steps(t, 1, 3)
+    with pytest.raises(TrainingError, match="step 4"):
+        t.train()
+    again = run(tmp_path, max_nonfinite_steps=1, max_steps=6)
+    poison_steps(again, 4)
+    with pytest.raises(TrainingError, match="step 5"):
+        again.train()
+    assert again.nonfinite_steps == 1
+    more = run(tmp_path, max_nonfinite_steps=2, max_steps=6)  # the limit may be raised for the same run
+    poison_steps(more, 4)
+    more.train()
+    assert (more.step, more.nonfinite_steps) == (6, 2)
+
+
+def test_outputs_that_are_not_finite_can_be_skipped_too(tmp_path: Path) -> None:
+    """The objective itself would refuse them."""
+    for limit in (0, 1):
+        t = run(tmp_path / str(limit), max_nonfinite_steps=limit, save_steps=None)
+        forward, states = t.forward, [state(t)]
+
+        def spoilt(batch: Any, want: Any, t: Any = t, forward: Any = forward) -> Any:
+            outputs = forward(batch, want)
+            bad = torch.where(batch.mask, outputs["logps"] * math.nan, outputs["logps"])
+            return {**outputs, "logps": bad} if t.step == 2 else outputs
+
+        t.forward = spoilt
+        t.callbacks.append(lambda event, r, values, s=states: s.append(state(r)) if event == "step" else None)
+        if limit == 0:
+            with pytest.raises(ValueError, match=r"step 3: .*NaN"):
+                t.train()
+            continue
+        t.train()
+        assert same(states[2], states[3])
+        assert not same(states[3], states[4])
+
+
+def test_an_update_that_was_taken_back_can_be_skipped(tmp_path: Path) -> None:
+    model = tiny_llama()
+    t = run(
+        tmp_path,
+        model=model,
+        optimizers=(Spoils(model.parameters(), lr=1e-2), None),
+        max_nonfinite_steps=1,
+        max_steps=3,
+    )
+    states: list[dict[str, Tensor]] = []
+    t.callbacks.append(lambda event, r, values: states.append(state(r)) if event == "step" else None)
+    t.train()
+    assert same(states[1], states[2])
+    assert t.nonfinite_steps == 1

@@ -260,6 +260,8 @@ def test_entropy_asks_for_its_gradient() -> None:
         (lambda: Objective(losses.reinforce, averaging="fixed_length"), "give length > 0"),
         (lambda: Objective(losses.reinforce, length=3), "does nothing"),
         (lambda: Objective(losses.rloo, beta=0.1, kl="loss"), "count it twice"),
+        (lambda: Objective(losses.reinforce, kl_gradient="k2"), "kl_gradient='k2' does nothing"),
+        (lambda: Objective(losses.reinforce, kl_value="k1"), "kl_value='k1' does nothing"),
         (lambda: Objective(losses.reinforce, advantage="reward", kl="reward"), "needs beta"),
         (lambda: Objective(losses.reinforce, kl="reward", beta=0.1), "computes no advantages"),
         (lambda: Objective(lambda *args: 0), r"takes \*args"),
@@ -286,3 +288,15 @@ def test_advantages_follow_permuted_rows() -> None:
     torch.testing.assert_close(shuffled.advantages, objective.prepare(batch).advantages[order])
     expected = advantages.group_norm(batch.rewards, batch.group_ids)
     torch.testing.assert_close(objective.prepare(batch).advantages, expected)
+
+
+def test_a_loss_with_its_own_kl_gradient_gets_it() -> None:
+    """The axis has the same name; it once ended there, and the loss kept its default."""
+    for name in ("grpo", "kl_policy_gradient"):
+        assert recipes.build(name, beta=0.1, kl_gradient="ratio_k3").terms[0].hyper["kl_gradient"] == "ratio_k3"
+    assert recipes.build("kl_policy_gradient", beta=0.1, kl_value="k1").terms[0].hyper["kl_value"] == "k1"
+
+
+def test_a_loss_that_needs_three_answers_can_be_built() -> None:
+    hyper = recipes.build("agro_on_policy", beta=0.1, lr_coef=1.0, lr_baseline="unbiased").terms[0].hyper
+    assert hyper["lr_baseline"] == "unbiased"

@@ -108,3 +108,39 @@ def test_wrong_use_is_refused() -> None:
         reduce.average(tokens, tokens.bool(), "token_mean", length=3)
     with pytest.raises(ValueError, match="shape of loss"):
         reduce.average(tokens, tokens.bool()[:, :1], "token_mean")
+
+
+def test_one_entry_counts_once() -> None:
+    loss, mask = torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]])
+    assert reduce.masked_mean(loss, mask) == 3
+    for reduction in TOKEN_REDUCTIONS:
+        assert reduce.average(loss, mask, reduction, length=1 if reduction == "fixed_length" else None) == 3
+    assert reduce.average(loss[0], mask[0], "mean") == 3
+
+
+@pytest.mark.parametrize("reduction", reduce.REDUCTIONS)
+def test_nothing_unmasked_is_zero_in_float32_too(reduction: str) -> None:
+    leaf = torch.ones(3 if reduction == "mean" else (3, 2), requires_grad=True)
+    value = reduce.average(leaf, torch.zeros_like(leaf).bool(), reduction, length=length_of(reduction))
+    value.backward()
+    assert value == 0
+    assert leaf.grad.eq(0).all()
+
+
+def test_parts_refuse_what_the_whole_refuses_and_count_in_float64() -> None:
+    tokens, mask = torch.ones(2, 3), torch.ones(2, 3).bool()
+    for part in (
+        lambda *a, **k: reduce.numerator(tokens, mask, *a, **k),
+        lambda *a, **k: reduce.denominator(mask, *a, **k),
+    ):
+        with pytest.raises(ValueError, match="is unknown"):
+            part("token_means")
+        with pytest.raises(ValueError, match="does not fit"):
+            part("mean")
+        for length in (0, -1, None):
+            with pytest.raises(ValueError, match="give length > 0"):
+                part("fixed_length", length=length)
+        part("fixed_length", length=1)
+    for reduction in TOKEN_REDUCTIONS:
+        assert reduce.denominator(mask, reduction, length=length_of(reduction)).dtype == torch.float64
+    assert reduce.denominator(mask[:, 0], "mean").dtype == torch.float64

@@ -227,10 +227,9 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
 # -- resume -------------------------------------------------------------------------------------------------------------
 def digest(t: Trainer, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     from rlft import checkpoint
+    from rlft.metrics import comparable, read_metrics
 
-    drop = {"step_time", "update_time"}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k not in drop} for row in rows]
+    kept = comparable(read_metrics(folder))
     moments, _ = checkpoint.optimizer_to_tensors(
         t.optimizer, [n for n, p in t.policy.named_parameters() if p.requires_grad]
     )

@@ -30,6 +30,8 @@ __all__ = [
     "vector",
 ]
 
+_LARGEST = torch.finfo(torch.float64).max  # an int beyond it cannot be asked whether it is finite
+
 # A float32 log-softmax is z - lse with both near 20, so one ulp of slack is 2e-6 and a sum of a
 # thousand of them 2e-3. A positive value beyond this is not rounding but a wrong tensor.
 _POSITIVE_SLACK = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
@@ -137,7 +139,7 @@ def number(name: str, value: float, *, low: float = -math.inf, high: float = mat
         bound += f" and <= {high:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number ({bound}), got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
+    if abs(value) > _LARGEST or not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
         raise ValueError(f"{name} must be {bound}, got {value!r}; change {name}")
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from rlft import _controllers, _correction, _pairwise_rules, losses
+from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
 
@@ -20,12 +22,29 @@ __all__ = ["check_data", "check_settings"]
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
     "num_iterations", "steps_per_generation", "sampler", "replay_probability", "mask_truncated_completions",
-    "dynamic_sampling",
+    "dynamic_sampling", "sampler_check_steps", "sampler_check_bound", "kl_controller", "sampler_correction",
 )  # fmt: skip
 
 
-def check_settings(config: Config, objective: Objective, *, online: bool) -> None:
+def check_settings(
+    config: Config, objective: Objective, *, online: bool, rewarded: bool | None = None, judged: bool | None = None
+) -> None:
+    """Refuse settings that cannot work, or that would do nothing.
+
+    Args:
+        config: the settings.
+        objective: what is optimised.
+        online: whether answers are sampled.
+        rewarded: whether there are reward functions; default: as ``config.rewards`` says.
+        judged: whether there is a judge; default: as ``config.judge`` says.
+
+    Raises:
+        ConfigError: naming the setting, its value and what to do.
+    """
     defaults = Config()
+    rewarded = bool(config.rewards) if rewarded is None else rewarded
+    judged = config.judge is not None if judged is None else judged
+    _pairwise_rules.check(config, objective, online=online, rewarded=rewarded, judged=judged)
     if not online:
         idle = [name for name in _SAMPLING if getattr(config, name) != getattr(defaults, name)]
         if idle or config.reward_weights is not None:
@@ -33,7 +52,7 @@ def check_settings(config: Config, objective: Objective, *, online: bool) -> Non
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it"
             )
-    if online and not ({"rewards", "advantages"} & objective.needs):
+    if online and not ({"rewards", "advantages"} & objective.needs or _pairwise_rules.fits(config, objective)):
         raise ConfigError(
             f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy"
         )
@@ -51,10 +70,24 @@ def check_settings(config: Config, objective: Objective, *, online: bool) -> Non
     if config.sync_ref_model and (not objective.needs_reference or config.ref_model is not None):
         why = "is a model of its own" if config.ref_model is not None else "is not there"
         raise ConfigError(f"sync_ref_model does nothing: the reference of objective {objective.name!r} {why}; drop it")
+    if config.precompute_ref_log_probs:
+        _check_precompute(objective, online=online)
+    if objective.couples_rows and config.max_tokens_per_micro_batch is not None:
+        raise ConfigError(
+            f"objective {objective.name!r} compares rows of the whole step with each other, so a step must be one micro-batch; "
+            f"drop max_tokens_per_micro_batch"
+        )
+    if not config.drop_zero_advantages and not objective.advantage_weighted:
+        raise ConfigError(
+            f"drop_zero_advantages=False does nothing: objective {objective.name!r} has a gradient at advantage 0 (or uses "
+            f"no advantages), so no answer is dropped; drop the setting"
+        )
     if not objective.needs_critic and config.critic is not None:
         raise ConfigError(
             f"critic={config.critic!r} does nothing: objective {objective.name!r} has no values; drop critic"
         )
+    if objective.trust_region is not None:
+        _check_trust_region(config, objective, online=online)
     if online:
         n, micro = config.num_generations, config.per_device_train_batch_size
         rows = micro * config.gradient_accumulation_steps
@@ -68,16 +101,75 @@ def check_settings(config: Config, objective: Objective, *, online: bool) -> Non
                 f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
                 f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
             )
-        if objective.needs_groups and micro % n:
+        if objective.needs_groups and micro % n and not _pairwise_rules.wants_pairs(objective):
             raise ConfigError(
                 f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
                 f"a multiple of num_generations={n}; raise it, or lower num_generations"
             )
         check_on_policy(config, objective)
+        _controllers.check(config, objective)
+        _correction.check(config, objective)
     elif objective.kl == "reward" or objective.advantage == "gae":
         raise ConfigError(
             f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online"
         )
+    elif objective.on_policy_only or BEHAVIOUR & objective.needs:
+        why = "is biased for" if objective.on_policy_only else "needs the next-token probabilities of the policy behind"
+        raise ConfigError(
+            f"objective {objective.name!r} {why} answers that the current policy did not draw, and data hold such answers; use "
+            f"agro_off_policy, or give `rewards` to train online"
+        )
+
+
+def _check_precompute(objective: Objective, *, online: bool) -> None:
+    why = None
+    if online:
+        why = "answers are sampled anew, so there is nothing to score before (it is scored once per generation)"
+    elif not objective.needs_reference:
+        why = f"objective {objective.name!r} has no reference (or beta is 0)"
+    elif "ref_logps" not in objective.needs:
+        why = f"objective {objective.name!r} needs the reference's whole distribution, not log-probs alone"
+    if why is not None:
+        raise ConfigError(f"precompute_ref_log_probs does nothing: {why}; drop precompute_ref_log_probs")
+
+
+#: Settings of the optimizer, which a trust-region step does without.
+_OPTIMIZER = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm",
+)  # fmt: skip
+
+
+def _check_trust_region(config: Config, objective: Objective, *, online: bool) -> None:
+    """A step within a KL needs samples of the policy, second derivatives, and no optimizer."""
+    name, defaults = objective.name, Config()
+    if not online:
+        raise ConfigError(f"objective {name!r} needs samples of the policy itself; give `rewards` to train online")
+    if objective.needs_critic and config.critic in (None, "shared"):
+        raise ConfigError(
+            f"objective {name!r} steps on the policy's weights alone, which a shared critic would be part of; set critic "
+            f"to a model of its own, or use advantage: leave_one_out"
+        )
+    if not objective.needs_critic:
+        for setting in _OPTIMIZER:
+            if getattr(config, setting) != getattr(defaults, setting):
+                raise ConfigError(
+                    f"{setting}={getattr(config, setting)!r} does nothing: the step of objective {name!r} has the size that "
+                    f"max_kl allows, and no optimizer; drop it, and set objective_args.max_kl"
+                )
+    refused = {
+        "mixed_precision": config.mixed_precision != "no",
+        "disable_dropout": not config.disable_dropout,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "load_in_4bit": config.load_in_4bit,
+        "load_in_8bit": config.load_in_8bit,
+    }
+    for setting, on in refused.items():
+        if on:
+            raise ConfigError(
+                f"{setting}={getattr(config, setting)!r} does not go with objective {name!r}: its Fisher-vector products "
+                f"need exact second derivatives of the policy; drop {setting}"
+            )
 
 
 def check_on_policy(config: Config, objective: Objective) -> None:
@@ -92,7 +184,15 @@ def check_on_policy(config: Config, objective: Objective) -> None:
         "repetition_penalty": config.repetition_penalty != 1,
         "replay_probability": config.replay_probability > 0,
     }
+    # with inner steps the trainer keeps the policy that sampled; what a filter or a buffer did it cannot know
+    cv = losses.agro_off_policy_cv.__name__
+    takes_policy = bool(BEHAVIOUR & objective.needs) or any(term.name == cv for term in objective.terms)
     for name, on in foreign.items():
+        if on and takes_policy and name not in ("num_iterations", "steps_per_generation"):
+            raise ConfigError(
+                f"objective {objective.name!r} takes the policy of the generation for the one that sampled, and "
+                f"{name}={getattr(config, name)!r} gives samples of another; use agro_off_policy, or drop {name}"
+            )
         if on and objective.on_policy_only:
             raise ConfigError(
                 f"objective {objective.name!r} is biased for samples that the current policy did not draw, and "
@@ -117,7 +217,7 @@ def check_data(config: Config, objective: Objective, data: Any, *, online: bool)
         )
     kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
     wanted = [kind for kind, needed in kinds.items() if needed]
-    if wanted and data.format not in wanted:
+    if wanted and not online and data.format not in wanted:
         raise ConfigError(
             f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows{_lacks(data, wanted[0])}; "
             f"see docs/data"

@@ -129,6 +129,24 @@ PANELS: tuple[Panel, ...] = (
     _P("Unscored answers", ("rewards/unscored_fraction",), "fraction", section="Optimisation"),
     _P("Time per step", ("step_time", "update_time"), "seconds", section="Optimisation"),
     _P("Tokens seen", ("num_tokens",), "tokens", section="Optimisation", plain=True),
+    _P(
+        "Tokens per second",
+        ("meter/trained_tokens_per_second", "meter/sampled_tokens_per_second"),
+        "tokens / s",
+        section="Speed",
+        better="high",
+    ),
+    _P("Padding efficiency", ("padding_efficiency",), "fraction", section="Speed", better="high"),
+    _P("Tokens saved by shared prompts", ("prompt_sharing",), "repeated / computed", section="Speed", better="high"),
+    _P("Answers dropped, without gradient", ("frac_rows_dropped",), "fraction", section="Speed"),
+    _P("Peak memory", ("meter/peak_memory_gib",), "GiB", section="Speed", better="low", plain=True),
+    _P(
+        "Share of the device's limit",
+        ("meter/mfu", "meter/fraction_of_floor"),
+        "fraction",
+        section="Speed",
+        better="high",
+    ),
 )
 
 

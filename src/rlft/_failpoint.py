@@ -4,6 +4,7 @@ A failpoint does nothing until the environment says otherwise::
 
     RLFT_FAILPOINT="checkpoint.rename.before:1"                   SIGKILL this process at the first passage
     RLFT_FAILPOINT="checkpoint.record.write.before:3:oserror:ENOSPC"    raise OSError(ENOSPC) at the third passage
+    RLFT_FAILPOINT="train.sample.before:2:signal:SIGTERM"               send this process SIGTERM at the second passage
 
 Several, separated by commas, act together (a full disk, then a kill while cleaning up).
 
@@ -23,11 +24,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["VARIABLE", "failpoint", "failpoints_in_source", "instant"]
+__all__ = ["VARIABLE", "failpoint", "failpoints_in_source", "instant", "within"]
 
 VARIABLE = "RLFT_FAILPOINT"
 
 _passages: Counter[str] = Counter()
+_within: list[str] = []
 
 
 def failpoint(point: str) -> None:
@@ -43,15 +45,26 @@ def failpoint(point: str) -> None:
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
-    for name, count, error in map(_parse, wanted.split(",")):
+    point = "".join(_within) + point
+    for name, count, action, number in map(_parse, wanted.split(",")):
         if name != point:
             continue
         _passages[point] += 1
         if _passages[point] != count:
             continue
-        if error is not None:
-            raise OSError(error, os.strerror(error))
-        os.kill(os.getpid(), signal.SIGKILL)
+        if action == "oserror":
+            raise OSError(number, os.strerror(number))
+        os.kill(os.getpid(), number)
+
+
+@contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Put ``<prefix>.`` before every name passed inside: a rehearsal is not counted with the real thing."""
+    _within.append(f"{prefix}.")
+    try:
+        yield
+    finally:
+        _within.pop()
 
 
 @contextmanager
@@ -62,16 +75,16 @@ def instant(point: str) -> Iterator[None]:
     failpoint(f"{point}.after")
 
 
-def _parse(wanted: str) -> tuple[str, int, int | None]:
+def _parse(wanted: str) -> tuple[str, int, str, int]:
     parts = wanted.split(":")
-    name, count, action = parts[0], parts[1] if len(parts) > 1 else "", parts[2:]
-    number = getattr(errno, action[1], None) if len(action) == 2 and action[0] == "oserror" else None
-    if not name or not count.isdigit() or int(count) < 1 or (action and not isinstance(number, int)):
+    name, count, action, value = [*parts, "signal", "SIGKILL"] if len(parts) == 2 else [*parts, "", "", ""][:4]
+    number = getattr({"oserror": errno, "signal": signal}.get(action), value, None)
+    if len(parts) not in (2, 4) or not name or not count.isdigit() or int(count) < 1 or not isinstance(number, int):
         raise ValueError(
-            f"{VARIABLE} must be 'name:count' or 'name:count:oserror:ERRNO' with count >= 1, got {wanted!r}; "
-            f"for instance 'checkpoint.rename.before:1' or 'checkpoint.rename.before:1:oserror:ENOSPC'"
+            f"{VARIABLE} must be 'name:count', 'name:count:oserror:ERRNO' or 'name:count:signal:NAME' with count >= 1, got "
+            f"{wanted!r}; for instance 'checkpoint.rename.before:1' or 'checkpoint.rename.before:1:oserror:ENOSPC'"
         )
-    return name, int(count), number
+    return name, int(count), action, int(number)
 
 
 # -- reading the names from the code ------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ __all__ = [
     "Written",
     "append_bytes",
     "cut_file",
+    "disk_trouble",
     "hash_file",
     "make_dir",
     "move",
@@ -41,6 +44,31 @@ class Written(NamedTuple):
 
     size: int
     sha256: str
+
+
+def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
+    """What the disk refused and what to do, in words; None when it was not the disk.
+
+    Args:
+        error: as raised. The libraries that write safetensors and tokenizers raise errors of their own around the system's.
+        folder: an existing folder of the file system that was written to.
+        needed: about how many bytes were to be written.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number is None:
+        return None
+    try:
+        free = f"{shutil.disk_usage(folder).free:,} bytes free"
+    except OSError:
+        free = "free space unknown"
+    remedy = {
+        errno.EFBIG: "; a file grew over the limit of this process or file system: raise `ulimit -f`",
+        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space or keep fewer checkpoints"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; make the folder writable or choose another"),
+    }.get(number, "")
+    return f"{os.strerror(number)}, about {needed:,} bytes needed, {free}{remedy}"
 
 
 def write_file(point: str, path: Path, chunks: Iterable[bytes | memoryview]) -> Written:

@@ -5,20 +5,36 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rlft.errors import TrainingError
+from rlft.types import Batch
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["BadBatchError", "Undo", "explained", "not_finite", "told", "undo_for"]
+__all__ = [
+    "BadBatchError",
+    "Undo",
+    "agree",
+    "explained",
+    "lost_peer",
+    "not_finite",
+    "poisoned",
+    "sharded",
+    "skips",
+    "told",
+    "undo_for",
+]
 
 logger = logging.getLogger("rlft")
+
+#: How gloo and NCCL say that a peer is gone.
+_GONE = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out waiting", "gloo", "nccl")
 
 #: Updates below this cannot carry a sane float32 weight to infinity.
 _REACH = 1e20
@@ -33,6 +49,30 @@ def told(trainer: Trainer, key: str, text: str) -> None:
     if trainer.is_main and key not in trainer.told:
         trainer.told.add(key)
         logger.warning(text)
+
+
+def agree(trainer: Trainer, failure: str | None) -> None:
+    """Stop every process for what one of them found: one that stops alone leaves the others waiting. Collective.
+
+    Args:
+        trainer: the run.
+        failure: what this process found, or None.
+
+    Raises:
+        TrainingError: on all processes, where any found something.
+    """
+    if trainer.world_size > 1:
+        found = torch.tensor([float(failure is not None)], device=trainer.device)
+        if float(trainer.accelerator.reduce(found, reduction="sum")) and failure is None:
+            failure = f"step {trainer.step + 1}: another process stopped the run; see its own error"
+    if failure is not None:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(failure)
+
+
+def sharded(trainer: Trainer) -> bool:
+    """Whether weights and gradients are spread over processes (FSDP, DeepSpeed), so that none sees them whole."""
+    return str(trainer.accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 @contextlib.contextmanager
@@ -61,6 +101,25 @@ def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") ->
         raise
 
 
+def lost_peer(trainer: Trainer, error: BaseException) -> None:
+    """Say it plainly when a collective failed because another process is gone.
+
+    Raises:
+        TrainingError: when that is what happened.
+    """
+    words, cause = "", error
+    while cause is not None:
+        words += f"{cause} "
+        cause = cause.__cause__
+    own = isinstance(error, TrainingError)
+    if trainer.world_size > 1 and not own and any(sign in words.lower() for sign in _GONE):
+        raise TrainingError(
+            f"step {trainer.step + 1}: process {trainer.rank} of {trainer.world_size} lost contact with another one, which "
+            f"was killed or failed: look for its own error. The newest checkpoint in {trainer.run_dir} is intact: the same "
+            f"command on {trainer.world_size} processes resumes from it"
+        ) from error
+
+
 def _out_of_memory(error: BaseException) -> bool:
     words = str(error).lower()
     return (
@@ -83,6 +142,36 @@ def _memory_message(trainer: Trainer, setting: str, error: BaseException) -> str
         f"step {trainer.step + 1}: out of memory with {setting}={getattr(c, setting)} on {trainer.device} ({said}); "
         f"the step was not applied. {', or '.join(ways)}. The newest checkpoint is intact: the same command resumes from it"
     )
+
+
+# -- steps that are not finite --------------------------------------------------------------------------------------------
+def skips(trainer: Trainer, what: str) -> bool:
+    """Whether a step that is not finite is left out and the run goes on; counted over the whole run, stops included."""
+    if trainer.nonfinite_steps >= trainer.config.max_nonfinite_steps:
+        return False
+    trainer.nonfinite_steps += 1
+    if trainer.is_main:
+        logger.warning(
+            f"step {trainer.step + 1}: {what}; the step was not applied ({trainer.nonfinite_steps} of "
+            f"max_nonfinite_steps={trainer.config.max_nonfinite_steps} skipped)"
+        )
+    return True
+
+
+def poisoned(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+    """A loss of NaN where the model's outputs hold NaN or infinity; None where they are finite, or nobody must wait.
+
+    Objectives refuse such outputs with an error. Where steps may be skipped, or other processes wait in the backward
+    pass for this one, the step goes through with a loss that says what it is, and every process sees the same.
+    """
+    if trainer.config.max_nonfinite_steps == 0 and trainer.world_size == 1:
+        return None
+    mask = batch.mask
+    used = [t[mask] if t.shape == mask.shape else t for t in outputs.values() if t.is_floating_point()]
+    if all(bool(torch.isfinite(t).all()) for t in used):
+        return None
+    grown = [t for t in outputs.values() if t.requires_grad]
+    return torch.stack([t.sum() for t in grown]).sum() * float("nan")
 
 
 # -- updates --------------------------------------------------------------------------------------------------------------

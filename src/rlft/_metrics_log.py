@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlft._files import append_bytes, cut_file, sync_file
+from rlft._files import append_bytes, cut_file, disk_trouble, sync_file
 
 __all__ = ["LOG_NAME", "MetricsLog", "comparable", "read_metrics"]
 
@@ -39,7 +40,8 @@ class MetricsLog:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         whole = _whole_lines(self.path)
         if whole < self.offset:
-            cut_file("metrics.partial", self.path, whole)
+            with self._explained(whole):
+                cut_file("metrics.partial", self.path, whole)
         self._last_step = self._step_before(whole)
 
     @property
@@ -68,18 +70,20 @@ class MetricsLog:
         if "step" in values and values["step"] != step:
             raise ValueError(f"values hold step {values['step']!r} but the row is of step {step}; leave 'step' out")
         row = {"step": step, **{key: _writable(value, key) for key, value in values.items() if key != "step"}}
-        before = self.offset
-        try:
-            append_bytes("metrics.line", self._descriptor, json.dumps(row, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            os.ftruncate(self._descriptor, before)
-            raise OSError(error.errno, f"metrics not written, {error.strerror}", str(self.path)) from error
+        before, line = self.offset, json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self._explained(len(line)):
+            try:
+                append_bytes("metrics.line", self._descriptor, line)
+            except OSError:
+                os.ftruncate(self._descriptor, before)
+                raise
         self._last_step = step
 
     def sync(self) -> None:
         """Force the log to disk; do so before a checkpoint that stores :attr:`offset`."""
         if self.enabled:
-            sync_file("metrics.sync", self._descriptor)
+            with self._explained(self.offset):
+                sync_file("metrics.sync", self._descriptor)
 
     def truncate_to(self, step: int, offset: int | None = None) -> None:
         """Forget what was logged after a checkpoint, so that the log after a resume equals an uninterrupted one.
@@ -109,7 +113,8 @@ class MetricsLog:
                 f"is it the log of another run? Call truncate_to({step}) without an offset to cut by step"
             )
         if offset < size:
-            cut_file("metrics.resume", self.path, offset)
+            with self._explained(offset):
+                cut_file("metrics.resume", self.path, offset)
         self._last_step = self._step_before(offset)
 
     def close(self) -> None:
@@ -123,6 +128,15 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _explained(self, needed: int) -> Iterator[None]:
+        """Name the file, and what the disk lacks, in an error of the system."""
+        try:
+            yield
+        except OSError as error:
+            trouble = disk_trouble(error, self.path.parent, needed) or error
+            raise OSError(error.errno, f"metrics not written, {trouble}", str(self.path)) from error
 
     def _step_before(self, end: int) -> int:
         """Step of the last row that ends at or before a byte; -1 when there is none."""
@@ -155,12 +169,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def comparable(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what depends on the clock (``*_time``, ``*per_second``), for comparing two runs exactly.
+    """Rows without what depends on the clock or the machine (``*_time``, ``*per_second``, ``meter/*``), to compare runs.
 
     NaN becomes the string ``"nan"``, so that equal rows compare equal.
     """
     return [
-        {key: _writable(value, key) for key, value in row.items() if not key.endswith(("time", "per_second"))}
+        {
+            key: _writable(value, key)
+            for key, value in row.items()
+            if not (key.endswith(("time", "per_second")) or key.startswith("meter/"))
+        }
         for row in rows
     ]
 

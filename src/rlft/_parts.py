@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import warnings
@@ -26,6 +27,8 @@ __all__ = [
     "accelerator_for",
     "adamw",
     "critic_for",
+    "freeze_unused_head",
+    "judge_for",
     "load",
     "load_data",
     "lora_settings",
@@ -153,6 +156,27 @@ def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenize
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
 
 
+def judge_for(config: Config, given: Any) -> Any:
+    """The judge, called and checked like a reward function."""
+    from rlft.rewards import RewardSet, load_reward
+
+    if isinstance(given, str) and ":" not in given:
+        raise ConfigError(
+            f"judge={given!r} must read module:function or path/to/file.py:function; rewards have names, judges none"
+        )
+    judge = load_reward(given)
+    try:
+        parameters = inspect.signature(judge).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        parameters = None
+    if parameters is not None and not any(p.name == "opponents" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ConfigError(
+            f"judge {given!r} takes no `opponents`, so it cannot compare; a judge is a reward function that also takes opponents, "
+            f"one other answer for each completion, and returns probabilities. Give a function of the rewards as `rewards`"
+        )
+    return RewardSet(judge, timeout=config.reward_timeout)
+
+
 def _other_tokens(one: Any, other: Any) -> bool:
     return one is not other and one.get_vocab() != other.get_vocab()
 
@@ -207,6 +231,18 @@ def critic_for(config: Config, objective: Objective) -> Any:
     from rlft.models import load_causal_lm
 
     return load_causal_lm(config.critic, dtype=config.dtype)
+
+
+def freeze_unused_head(model: Any, objective: Objective) -> None:
+    """Where a loss reads values alone, the language model's head gets no gradient: it is not trained then.
+
+    A trainable tensor without gradient would stop the run under DDP, and count as trained everywhere.
+    """
+    head = model.get_output_embeddings()
+    if objective.forward_needs <= {"values"} and head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        if not tied:
+            head.requires_grad_(False)
 
 
 def adamw(config: Config, policy: torch.nn.Module) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlft import _pairwise_rules
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
 
@@ -28,7 +29,7 @@ class Plan:
         draws: examples (offline) or prompts (online) drawn at once.
         micro_batch_rows: completions per micro-batch.
         micro_batch_groups: groups per micro-batch, where groups stay whole.
-        groups_per_step: groups per optimizer step.
+        groups_per_step: examples (offline) or prompts (online) per optimizer step.
         updates_per_generation: optimizer steps fed by one generation, all iterations counted; 1 offline.
         steps_per_epoch: optimizer steps that one pass over the data takes.
     """
@@ -53,6 +54,10 @@ def plan(
         draws = micro * micro_steps // n
         updates = micro_steps // accumulation * config.num_iterations
         groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
+        if _pairwise_rules.wants_pairs(objective):
+            # a pair is two rows; losses that compare all pairs of a step take them in one micro-batch
+            every = groups * _pairwise_rules.groups_per_prompt(config, objective)
+            micro_groups = every if objective.couples_rows else max(1, micro // 2)
     else:
         draws = groups = micro * accumulation
         updates, rows, micro_groups = 1, micro * rows_per_example, micro

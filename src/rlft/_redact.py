@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["MASK", "redact"]
+__all__ = ["MASK", "redact", "secret_keys"]
 
 MASK = "[redacted]"
 
@@ -59,6 +59,25 @@ def redact(value: T) -> T:
         A redacted copy.
     """
     return _redact(value, _environment_secrets())
+
+
+def secret_keys(value: Any, path: str = "") -> list[str]:
+    """Dotted paths of the keys in nested mappings and lists that are named like a secret and hold something.
+
+    Args:
+        value: any nesting of mappings, lists and tuples.
+        path: put before each.
+    """
+    found = []
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            place = f"{path}.{key}" if path else str(key)
+            hidden = isinstance(key, str) and _is_secret(key) and _mask(inner) == MASK
+            found += [place] if hidden else secret_keys(inner, place)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            found += secret_keys(inner, f"{path}[{index}]")
+    return found
 
 
 def _redact(value: Any, known: list[str]) -> Any:

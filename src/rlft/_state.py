@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import filecmp
 import json
+import random
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +17,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import checkpoint, display
+from rlft import _controllers, checkpoint, display
+from rlft._failpoint import instant, within
+from rlft._files import disk_trouble, move, remove_tree, replace_file, sync_dir, sync_file
 from rlft._redact import redact
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
+from rlft.rollout import fold_seed
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["Light", "export", "light", "locked", "open_log", "resume", "save", "save_boundary"]
+__all__ = ["Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "seed"]
 
 
-_COUNTERS = ("tokens_seen", "unscored_steps", "rollouts", "evaluated_at", "finished")
+_COUNTERS = (
+    "tokens_seen",
+    "unscored_steps",
+    "equal_steps",
+    "rollouts",
+    "evaluated_at",
+    "finished",
+    "nonfinite_steps",
+    "sampler_agrees",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,8 @@ def light(trainer: Trainer) -> Light:
     """The cheap part of the state, taken before each step so that an interrupted one loses nothing."""
     return Light(
         trainer.step,
-        {name: getattr(trainer, name) for name in _COUNTERS} | {"log_offset": trainer.metrics_log.offset},
+        {name: getattr(trainer, name) for name in _COUNTERS}
+        | {"log_offset": trainer.metrics_log.offset, "kl_controller": _controllers.state(trainer)},
         copy.copy(trainer.source.state()),
         checkpoint.rng_state(),
         trainer.replay.state_dict() if trainer.replay is not None else None,
@@ -56,15 +72,42 @@ def light(trainer: Trainer) -> Light:
 
 def save(trainer: Trainer) -> Path:
     """Write a checkpoint of the present step; every process takes part."""
-    trainer._boundary = light(trainer)
+    trainer._boundary = None
     return save_boundary(trainer)
 
 
 def save_boundary(trainer: Trainer) -> Path:
     """Write a checkpoint of the last boundary: the weights have not moved since, whatever was begun after it."""
-    state = trainer._boundary
-    assert state is not None
     trainer.metrics_log.sync()
+    with trainer.meter.phase("save"):
+        written = _write(trainer, trainer._boundary or light(trainer), trainer.run_dir, trainer.config.save_total_limit)
+    trainer._call("save", {"path": str(written)})
+    return written
+
+
+def rehearse(trainer: Trainer) -> str | None:
+    """Write a checkpoint of the present state into a folder of its own, read it back, and delete it.
+
+    Returns:
+        The name of a trained tensor that came back other than it went in; None when all is well.
+
+    Raises:
+        CheckpointError: when it could not be written or does not verify.
+    """
+    scratch = trainer.run_dir / f".tmp-0-{'0' * 32}"  # a name that the next start clears, should this one be killed
+    with within("dry"):
+        try:
+            written = _write(trainer, light(trainer), scratch, None)
+            found = checkpoint.load(written, rank=trainer.rank).tensors["trainable"]
+            live = trainer.policy.trainable_state()
+            return next((name for name, value in live.items() if not torch.equal(found[name], value)), None)
+        finally:
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_main and scratch.exists():
+                shutil.rmtree(scratch, ignore_errors=True)  # the next start clears what a kill leaves
+
+
+def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Path:
     # collective where the model is sharded: every process takes part
     trainables, reference = trainer.policy.trainable_state(), _reference_state(trainer)
     for name, tensor in trainables.items():
@@ -80,6 +123,8 @@ def save_boundary(trainer: Trainer) -> Path:
         tensors["replay"], records["replay"] = state.replay
     if trainer.is_main:
         tensors |= {"trainable": trainables, "optimizer": moments, "reference": reference}
+        tensors["behaviour"] = _behaviour_state(trainer)
+        tensors["opponent"] = trainer.average.state() if trainer.average is not None else {}
         records |= {
             "optimizer": groups,
             "trainer": {
@@ -90,35 +135,71 @@ def save_boundary(trainer: Trainer) -> Path:
             },
             "config": redact(trainer.config.to_dict()),
         }
-    written = checkpoint.save(
-        trainer.run_dir,
+    return checkpoint.save(
+        folder,
         state.step,
         tensors={stem: values for stem, values in tensors.items() if values},
         records=records,
         config_hash=trainer.config.digest(),
-        keep=trainer.config.save_total_limit,
+        keep=keep,
         rank=trainer.rank,
         world_size=trainer.world_size,
         barrier=trainer.accelerator.wait_for_everyone,
         extra_writer=(lambda folder: trainer.save_model(folder / "model")) if trainer.is_main else None,
+        extra_bytes=_exported_bytes(trainer) if trainer.is_main else 0,
     )
-    trainer._call("save", {"path": str(written)})
-    return written
 
 
-def export(trainer: Trainer) -> None:
-    """Leave the trained model in ``<run>/model``: written beside it and renamed, so that it is whole or not there."""
+def export(trainer: Trainer, *, again: bool = True) -> None:
+    """Leave the trained model in ``<run>/model`` and the report beside it.
+
+    The model is written apart and renamed, so that it is whole or not there.
+
+    Args:
+        trainer: a finished run.
+        again: False writes only what is not there.
+
+    Raises:
+        TrainingError: when the disk refuses; nothing half-written is left.
+    """
     if not trainer.is_main:
         return
-    final, fresh = trainer.run_dir / "model", trainer.run_dir / ".tmp-model"
-    for old in (fresh, trainer.run_dir / ".old-model"):
-        if old.exists():
-            shutil.rmtree(old)
-    trainer.save_model(fresh)
-    if final.exists():
-        final.rename(trainer.run_dir / ".old-model")
-    fresh.rename(final)
-    shutil.rmtree(trainer.run_dir / ".old-model", ignore_errors=True)
+    final, fresh, old = (trainer.run_dir / name for name in ("model", ".tmp-model", ".old-model"))
+    try:
+        for left in (fresh, old):
+            if left.exists():
+                remove_tree("export.stale", left)
+        if again or not _same_files(trainer.run_dir / f"checkpoint-{trainer.step}" / "model", final):
+            with instant("export.write"):
+                trainer.save_model(fresh)
+            for path in sorted(fresh.rglob("*")):
+                sync_file("export.file.sync", path)
+            if final.exists():
+                move("export.aside", final, old)
+            move("export.rename", fresh, final)
+            sync_dir("export.sync", trainer.run_dir)
+            if old.exists():
+                remove_tree("export.old", old)
+    except Exception as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        needed = _exported_bytes(trainer)
+        raise TrainingError(
+            f"the trained model was not written to {final}: {disk_trouble(error, trainer.run_dir, needed) or error}; the "
+            f"checkpoint of step {trainer.step} holds it: the same command writes it again"
+        ) from error
+    report = trainer.run_dir / "report.html"
+    if trainer.config.report and (again or not report.exists()):
+        from rlft.report import write_report
+
+        write_report(trainer.run_dir, report)
+
+
+def _same_files(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same bytes under the same names."""
+    first, second = (
+        {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in (one, two)
+    )
+    return first.keys() == second.keys() and all(filecmp.cmp(first[n], second[n], shallow=False) for n in first)
 
 
 def resume(trainer: Trainer, given: str | bool | None) -> int | None:
@@ -137,7 +218,25 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
     else:
         found = checkpoint.load(wish, rank=trainer.rank)
         if trainer.is_main:  # an older one was asked for: what came after it is another history
+            if (trainer.run_dir / "model").exists():
+                remove_tree("export.newer", trainer.run_dir / "model")
             checkpoint.discard_newer(trainer.run_dir, found.step)
+    with instant("train.resume"):
+        return _restore(trainer, found)
+
+
+def seed(trainer: Trainer) -> None:
+    """Every global random generator, from the run's seed and the rank: dropout does not depend on what was drawn before."""
+    number = fold_seed(trainer.config.seed, rank=trainer.rank, stream="global")
+    random.seed(number)
+    torch.manual_seed(number)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        np.random.seed(number % 2**32)
+
+
+def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
     _check_same_run(trainer, found)
     if found.manifest.world_size != trainer.world_size:
         display.warn(
@@ -149,6 +248,10 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
     trainer.policy.load_trainable_state(found.tensors["trainable"])
     if hasattr(trainer.policy, "load_reference_state"):
         trainer.policy.load_reference_state(found.tensors.get("reference", {}))
+    if hasattr(trainer.policy, "load_behaviour_state"):
+        trainer.policy.load_behaviour_state(found.tensors.get("behaviour", {}))
+    if trainer.average is not None:
+        trainer.average.load_state(found.tensors.get("opponent", {}))
     checkpoint.optimizer_from_tensors(
         trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
     )
@@ -158,7 +261,9 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
     trainer.metrics = MetricSums.from_state(found.records["metrics"])
     trainer.step = record["step"]
     for name in _COUNTERS:
-        setattr(trainer, name, record[name])
+        if name in record:  # else written before there was such a counter
+            setattr(trainer, name, record[name])
+    _controllers.load(trainer, record.get("kl_controller"))
     if "rng" in found.own:  # last: building anything above may draw random numbers
         checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
     return record["log_offset"]
@@ -197,6 +302,11 @@ def _data_facts(trainer: Trainer) -> dict[str, Any]:
         "prompt tokens": prompt_tokens,
         "trained tokens": data.report.trained_tokens,
     }
+
+
+def _behaviour_state(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights that sampled what is still to be trained on, where an objective asks for their distribution."""
+    return trainer.policy.behaviour_state() if hasattr(trainer.policy, "behaviour_state") else {}
 
 
 def _reference_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -248,8 +358,7 @@ def locked(trainer: Trainer) -> Iterator[None]:
 def _check_space(trainer: Trainer) -> None:
     """Refuse a disk that could not take one checkpoint (weights, two moments, the exported model)."""
     trained = sum(p.numel() * p.element_size() for p in trainer.policy.parameters() if p.requires_grad)
-    exported = sum(p.numel() * p.element_size() for p in trainer.policy.hf_model.parameters())
-    needed = 3 * trained + (trained if trainer.config.use_peft else exported)
+    needed = 3 * trained + _exported_bytes(trainer)
     free = shutil.disk_usage(trainer.run_dir).free
     if free < needed:
         raise RunLockError(
@@ -258,13 +367,18 @@ def _check_space(trainer: Trainer) -> None:
         )
 
 
+def _exported_bytes(trainer: Trainer) -> int:
+    """About how large the saved model is: adapters alone, or all weights."""
+    weights = trainer.policy.hf_model.parameters()
+    return sum(p.numel() * p.element_size() for p in weights if p.requires_grad or not trainer.config.use_peft)
+
+
 def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
     """The run's metrics.jsonl, cut back to where the resumed checkpoint left it; trackers are started."""
     log = MetricsLog(trainer.run_dir / "metrics.jsonl", enabled=trainer.is_main)
     log.truncate_to(trainer.step, offset or 0)
     if trainer.is_main:
-        text = json.dumps(redact(trainer.config.to_dict()), indent=2)
-        (trainer.run_dir / "config.json").write_text(text + "\n")
+        _write_settings(trainer, "config.json", redact(trainer.config.to_dict()))
         report = trainer.train_data.report
         facts = {
             "rows": report.rows,
@@ -272,7 +386,16 @@ def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
             "skipped": report.skipped,
             "format": trainer.train_data.format,
         }
-        (trainer.run_dir / "summary.json").write_text(json.dumps({"data": facts}, indent=2) + "\n")
+        _write_settings(trainer, "summary.json", {"data": facts})
     plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
     trainer.accelerator.init_trackers("rlft", config=plain)
     return log
+
+
+def _write_settings(trainer: Trainer, name: str, values: dict[str, Any]) -> None:
+    data = (json.dumps(values, indent=2) + "\n").encode()
+    try:
+        replace_file("settings", trainer.run_dir / name, data)
+    except OSError as error:
+        trouble = disk_trouble(error, trainer.run_dir, len(data))
+        raise TrainingError(f"{trainer.run_dir / name} could not be written: {trouble}") from error

@@ -13,13 +13,16 @@ from torch import Tensor
 from rlft import reduce
 from rlft.types import Batch, LossOutput
 
-__all__ = ["FORWARD", "MADE", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
+__all__ = ["BEHAVIOUR", "FORWARD", "MADE", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
 
 LossFunction = Callable[..., LossOutput | Tensor]
 
+#: Expectations over the next token, under the policy that sampled and under the policy itself (see ``rlft.ops.moments``).
+BEHAVIOUR = {"behaviour_log_ratio", "behaviour_log_ratio_sq"}
+MOMENTS = BEHAVIOUR | {"token_log_ratio_sq"}
 #: What the policy's forward pass can give, and what asks for it.
-FORWARD = {"logps", "ref_logps", "token_kl", "entropy", "values"}
-REFERENCE = {"ref_logps", "token_kl"}
+FORWARD = {"logps", "ref_logps", "token_kl", "entropy", "values"} | MOMENTS
+REFERENCE = {"ref_logps", "token_kl"} | MOMENTS
 PAIR = {
     "chosen_logps": "logps",
     "rejected_logps": "logps",
@@ -36,7 +39,16 @@ PAIR = {
 
 #: Every quantity that the trainer makes; any other name is looked up in ``Batch.extras``, which dataset columns fill.
 MADE = frozenset(
-    {*FORWARD, *PAIR, *PAIR.values(), *Batch.__dataclass_fields__, "kl_baseline", "old_values", "start_values"}
+    {
+        *FORWARD,
+        *PAIR,
+        *PAIR.values(),
+        *Batch.__dataclass_fields__,
+        "kl_baseline",
+        "old_values",
+        "start_values",
+        "sampler_logps",
+    }
 ) - {"win_rates", "extras"}
 
 
@@ -84,6 +96,12 @@ class Term:
     @property
     def min_group(self) -> int:
         return int(getattr(self.function, "min_group", 2 if "group_ids" in self.tensors else 1))
+
+    @property
+    def lr_coef(self) -> float:
+        """The weight of AGRO's likelihood-ratio term; 0 for a loss without one."""
+        parameter = inspect.signature(self.function).parameters.get("lr_coef")
+        return float(self.hyper.get("lr_coef", parameter.default)) if parameter is not None else 0.0
 
     def entries(self, mask: Tensor) -> Tensor:
         """Which entries of this loss count, from the batch's mask: tokens, sequences or pairs."""
@@ -153,7 +171,7 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
 
 
 def probe(term: Term, name: str) -> str:
-    """Learn a user's averaging by calling the loss once on four rows of three tokens."""
+    """Learn a user's averaging by calling the loss once on four rows of three tokens: two prompts of two, or one of four."""
     logps = torch.full((4, 3), -1.0, requires_grad=True)
     mask = torch.ones(4, 3, dtype=torch.bool)
     batch = Batch(
@@ -173,7 +191,7 @@ def probe(term: Term, name: str) -> str:
     )
     outputs = {
         "logps": logps,
-        "token_kl": logps * 0 + 0.1,
+        **dict.fromkeys(("token_kl", *MOMENTS), logps * 0 + 0.1),
         "entropy": logps * 0 + 1,
         "values": logps * 0,
         "scores": logps.sum(-1),
@@ -190,7 +208,13 @@ def probe(term: Term, name: str) -> str:
     )
     with torch.enable_grad():
         try:
-            output = term.function(*(bind(n, outputs, batch, name) for n in term.sources), **term.hyper)
+            try:
+                output = term.function(*(bind(n, outputs, batch, name) for n in term.sources), **term.hyper)
+            except ValueError as error:
+                if "needs groups of at least" not in str(error):
+                    raise
+                batch = batch.replace(group_ids=torch.zeros(4, dtype=torch.long))
+                output = term.function(*(bind(n, outputs, batch, name) for n in term.sources), **term.hyper)
         except Exception as error:
             if isinstance(error, ValueError) and getattr(term.function, "__module__", "").startswith("rlft."):
                 raise

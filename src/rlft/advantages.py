@@ -9,6 +9,7 @@ Everything here is a constant for the loss: inputs are detached, results carry n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,11 +49,15 @@ class Groups:
 
     @staticmethod
     def of(
-        group_ids: Int[Tensor, " B"], member: Bool[Tensor, " B"], *, at_least: int = 1, wanted_by: str = "this"
+        group_ids: Int[Tensor, " B"],
+        member: Bool[Tensor, " B"],
+        *,
+        at_least: int | None = None,
+        wanted_by: str = "",
     ) -> Groups:
-        """Group rows by id; refuse groups that have fewer than ``at_least`` rows, scored or not."""
+        """Group rows by id; refuse groups that have fewer than ``at_least`` rows, scored or not (None: any size)."""
         unique, index, rows = torch.unique(group_ids, return_inverse=True, return_counts=True)
-        if at_least > 1 and unique.numel() and bool((rows < at_least).any()):
+        if at_least is not None and bool((rows < at_least).any()):
             small = int((rows < at_least).nonzero()[0])
             raise ValueError(
                 f"{wanted_by} needs groups of at least {at_least} rows, group {unique[small].item()} has "
@@ -69,11 +74,11 @@ class Groups:
         return per_row.reshape(per_row.shape + (1,) * (like.ndim - 1)).expand(like.shape)
 
     def _extreme(self, x: Tensor, kind: Literal["amin", "amax"]) -> Tensor:
-        """The smallest or largest member of each row's group; zero for a group without members."""
+        """The smallest or largest member of each row's group; infinite for a group without members."""
         empty = torch.inf if kind == "amin" else -torch.inf
         start = x.new_full((self.size, *x.shape[1:]), empty)
         found = start.scatter_reduce(0, self._wide(self.index, x), self._fill(x, empty), kind)
-        return self._fill(found[self.index], 0.0)
+        return found[self.index]
 
     def total(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """Sum over the members of each row's group."""
@@ -86,7 +91,7 @@ class Groups:
     def centred(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """``x - mean``, zero for non-members, and exactly zero when all members are equal."""
         # Taking the smallest member away first makes equal members exactly zero, and keeps digits when all are large.
-        shifted = self._fill(x - self._extreme(x, "amin"), 0.0)
+        shifted = x - self._extreme(x, "amin")
         return self._fill(shifted - self.mean(shifted), 0.0)
 
     def against_others(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
@@ -96,28 +101,29 @@ class Groups:
 
     def others_mean(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """The mean of the other members of a row's group; zero where there are none."""
-        others = (self.total(x) - x) / self._wide((self.count - 1).clamp(min=1), x)
+        others = (self.total(x) - x) / self._wide(self.count - 1, x)
         return others.where(self._wide(self.member & (self.count > 1), x), 0.0)
 
-    def variance(self, x: Float[Tensor, "B ..."], *, ddof: int = 1) -> Float[Tensor, "B ..."]:
-        """Sample variance in each row's group, zero for groups of ``ddof`` members or fewer."""
-        return self.total(self.centred(x).square()) / self._wide((self.count - ddof).clamp(min=1), x)
+    def std(self, x: Float[Tensor, "B ..."], *, ddof: int) -> Float[Tensor, "B ..."]:
+        """Standard deviation in each row's group, zero for ``ddof`` members or fewer.
 
-    def std(self, x: Float[Tensor, "B ..."], *, ddof: int = 1) -> Float[Tensor, "B ..."]:
-        """Sample standard deviation in each row's group; squares cannot overflow."""
-        centred = self.centred(x)
-        scale = self._extreme(centred.abs(), "amax")
-        unit = centred / scale.where(scale > 0, 1.0)
-        return scale * (self.total(unit.square()) / self._wide((self.count - ddof).clamp(min=1), x)).sqrt()
+        Squares are of shares of the spread, so they cannot overflow.
+        """
+        spread = self._extreme(x, "amax") - self._extreme(x, "amin")
+        unit = self.centred(x) / spread
+        std = spread * (self.total(unit.square()) / self._wide(self.count - ddof, x)).sqrt()
+        return std.where(spread > 0, 0.0)
 
 
-def _scored(rewards: Tensor, group_ids: Tensor, *, at_least: int, wanted_by: str) -> tuple[Tensor, Groups]:
+def _scored(
+    rewards: Tensor, group_ids: Tensor, *, at_least: int | None = None, wanted_by: str = ""
+) -> tuple[Tensor, Groups]:
     _check.vector(rewards=rewards)
     _check.group_ids(group_ids, rewards, count_name="rewards")
     (rewards,) = _check.detach(rewards)
     member = ~rewards.isnan()
     _check.finite(member, rewards=rewards)
-    return rewards.where(member, 0.0), Groups.of(group_ids, member, at_least=at_least, wanted_by=wanted_by)
+    return rewards, Groups.of(group_ids, member, at_least=at_least, wanted_by=wanted_by)
 
 
 def group_mean(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -136,7 +142,7 @@ def group_mean(rewards: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]) -> Fl
     References:
         Liu et al. 2025, arXiv 2503.20783.
     """
-    rewards, groups = _scored(rewards, group_ids, at_least=1, wanted_by="group_mean")
+    rewards, groups = _scored(rewards, group_ids)
     return groups.centred(rewards)
 
 
@@ -186,7 +192,7 @@ def group_norm(
         raise ValueError(f"ddof must be 0 (divide by n) or 1 (divide by n - 1), got {ddof!r}")
     rewards, groups = _scored(rewards, group_ids, at_least=2, wanted_by="group_norm")
     centred, std = groups.centred(rewards), groups.std(rewards, ddof=ddof)
-    return (centred / (std + eps).where(std > 0, 1.0)).where(std > 0, 0.0)
+    return (centred / (std + eps)).where(std > 0, 0.0)
 
 
 def batch_norm(
@@ -212,7 +218,7 @@ def batch_norm(
     References:
         Hu et al. 2025, arXiv 2501.03262, equation 8.
     """
-    rewards, groups = _scored(rewards, group_ids, at_least=1, wanted_by="batch_norm")
+    rewards, groups = _scored(rewards, group_ids)
     return whiten(rewards, groups.member, eps=eps, ddof=ddof)
 
 
@@ -238,7 +244,7 @@ def group_mean_batch_norm(
     References:
         Hu et al. 2025, arXiv 2501.03262, the REINFORCE++-baseline variant.
     """
-    rewards, groups = _scored(rewards, group_ids, at_least=1, wanted_by="group_mean_batch_norm")
+    rewards, groups = _scored(rewards, group_ids)
     return whiten(groups.centred(rewards), groups.member, eps=eps, ddof=ddof)
 
 
@@ -276,8 +282,8 @@ def gae(
     _check.matrix(rewards=rewards, values=values)
     _check.bool_mask(mask, rewards, like_name="rewards")
     _check.finite(mask, rewards=rewards, values=values)
-    rewards, values = (x.where(mask, 0.0) for x in _check.detach(rewards, values))
-    columns: list[Tensor] = []
+    rewards, values = _check.detach(rewards, values)
+    advantages = torch.empty_like(values)
     next_value = values.new_zeros(values.shape[0])
     running = torch.zeros_like(next_value)
     for t in reversed(range(values.shape[1])):
@@ -285,8 +291,7 @@ def gae(
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = (delta + gamma * lam * running).where(here, running)
         next_value = values[:, t].where(here, next_value)
-        columns.append(running.where(here, 0.0))
-    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(values)
+        advantages[:, t] = running.where(here, 0.0)
     return advantages, (advantages + values).where(mask, 0.0)
 
 
@@ -322,14 +327,17 @@ def whiten(
     _check.bool_mask(mask, values, like_name="values")
     _check.finite(mask, values=values)
     (values,) = _check.detach(values)
+    if values.numel() == 0:
+        return values
     count = mask.sum()
-    shift = values.where(mask, torch.inf).amin() if bool(count > 0) else values.new_zeros(())
+    # Where nothing counts, what follows is inf or NaN in masked entries alone.
+    shift = values.where(mask, torch.inf).amin()
     shifted = (values - shift).where(mask, 0.0)
-    mean = shifted.sum() / count.clamp(min=1)
+    mean = shifted.sum() / count
     centred = (shifted - mean).where(mask, 0.0)
-    # In units of the largest deviation, squares cannot overflow; at most one entry has none.
-    scale = centred.abs().amax() if values.numel() else count.to(values.dtype)
-    unit = centred / scale.where(scale > 0, 1.0)
-    deviation = (unit.square().sum() / (count - ddof).clamp(min=1) + eps / scale.where(scale > 0, 1.0).square()).sqrt()
-    scaled = unit / deviation.where(deviation > 0, 1.0)
+    # In units of the spread, squares cannot overflow; equal entries, or a single one, have none.
+    spread = shifted.amax()
+    unit = centred / spread
+    deviation = (unit.square().sum() / (count - ddof) + (math.sqrt(eps) / spread).square()).sqrt()
+    scaled = (unit / deviation).where(spread > 0, 0.0)
     return scaled if shift_mean else (scaled + mean + shift).where(mask, 0.0)

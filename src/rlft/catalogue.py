@@ -77,6 +77,8 @@ _EXAMPLE = {
 
 def _data(objective: Objective) -> str:
     needs = objective.needs
+    if "win_rates" in needs:
+        return "prompts with a judge or rewards"
     if objective.columns:
         return "own columns or tensors"
     if "scores" in needs:

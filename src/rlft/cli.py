@@ -26,8 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if args.traceback:
-            raise
+            _show_traceback()
         return _explain(error)
+
+
+def _show_traceback() -> None:
+    import traceback
+
+    from rlft._redact import redact
+
+    print(redact(traceback.format_exc()), file=sys.stderr)
 
 
 def _explain(error: Exception) -> int:

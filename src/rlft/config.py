@@ -19,8 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from rlft import _check
+from rlft._redact import secret_keys
 
-__all__ = ["Config", "ConfigError", "load_config", "parse_overrides"]
+__all__ = ["SELF_CHECKS", "Config", "ConfigError", "load_config", "parse_overrides"]
+
+#: What ``self_checks`` can switch off one by one: before the first step, and at it (the last two).
+SELF_CHECKS = (
+    "reference", "padding", "sample", "trainable", "memory", "dry_checkpoint", "first_step", "on_policy",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -52,6 +58,12 @@ class Config:
         "Clip range above 1 (`clip_eps_high`); equal to epsilon where None.", None, group="objective"
     )
     objective_args: dict[str, Any] = _doc("Further hyper-parameters and axes of the objective.", {}, group="objective")
+    kl_controller: dict[str, Any] | None = _doc(
+        "Moves beta towards a KL: `{type: proportional, target: 6.0, horizon: 10000}`, `{type: halve_double, target: 0.01}` "
+        "or `{type: fixed}`.",
+        None,
+        group="objective",
+    )
 
     # -- models
     model: str | dict[str, Any] | None = _doc(
@@ -85,6 +97,14 @@ class Config:
         "Share of the policy in each move; 1 replaces the reference.", 0.6, group="model"
     )
     ref_model_sync_steps: int = _doc("Optimizer steps between moves.", 512, group="model")
+    precompute_ref_log_probs: bool = _doc(
+        "Offline: score the data under the reference once, before the first step, and keep the result on disk.",
+        False,
+        group="model",
+    )
+    ref_cache_dir: str | None = _doc(
+        "Where precomputed log-probs are kept; None: `ref-log-probs` beside output_dir.", None, group="model", free=True
+    )
     critic: Literal["shared"] | str | None = _doc(
         "`shared`: value head on the policy; else a model of its own.", None, group="model"
     )
@@ -143,6 +163,66 @@ class Config:
     )
     max_refills: int = _doc("Further generations that dynamic sampling may take for one batch.", 4, group="sampling")
     mask_truncated_completions: bool = _doc("Leave answers without an end out of the loss.", False, group="sampling")
+    sampler_correction: dict[str, Any] | None = _doc(
+        "Weigh answers by policy / sampler: `{level: token | sequence, mode: truncate | mask, cap: 2.0, floor: 0.0}`.",
+        None,
+        group="sampling",
+    )
+    sampler_check_steps: int = _doc(
+        "Generations between checks of the sampler's log-probs against the policy's; 0: never.",
+        10,
+        group="sampling",
+        free=True,
+    )
+    sampler_check_bound: float | None = _doc(
+        "Mean |difference| per token at which that check stops the run, nats; None: 1e-3 where both are exact, else 0.1.",
+        None,
+        group="sampling",
+        free=True,
+    )
+    drop_zero_advantages: bool = _doc(
+        "Leave answers without loss and gradient (advantage 0, no KL term) out of the forward pass.",
+        True,
+        group="sampling",
+    )
+
+    # -- comparisons
+    judge: str | None = _doc(
+        "`module:function` that says how likely each answer beats another one; in place of rewards.",
+        None,
+        group="comparisons",
+    )
+    pair_selection: Literal["best_worst", "all"] = _doc(
+        "Pairs of sampled answers: the best against the worst of a prompt, or all of them.",
+        "best_worst",
+        group="comparisons",
+    )
+    pair_min_gap: float = _doc(
+        "Pairs whose rewards (win rates of a judge) are not further apart are left out; 0: ties.",
+        0.0,
+        group="comparisons",
+    )
+    mixture_coef: float | None = _doc(
+        "Share of the reference in the mixture that opponents (nash_md_pg), or both answers of a pair, are sampled from.",
+        None,
+        group="comparisons",
+    )
+    opponent_ema_decay: float | None = _doc(
+        "Opponents come from a moving average of the policy with this decay per step (Nash-EMA).",
+        None,
+        group="comparisons",
+    )
+    keep: Literal["all", "best", "threshold", "rejection"] = _doc(
+        "Which sampled answers a supervised objective imitates; `rejection` and `threshold` also thin out pairs.",
+        "all",
+        group="comparisons",
+    )
+    keep_threshold: float | None = _doc("`keep: threshold`: the lowest reward that is kept.", None, group="comparisons")
+    keep_beta: float | None = _doc(
+        "`keep: rejection`: answers are kept with probability exp((r - highest of the prompt) / keep_beta).",
+        None,
+        group="comparisons",
+    )
 
     # -- rewards
     rewards: list[str | dict[str, Any]] = _doc(
@@ -162,6 +242,11 @@ class Config:
     per_device_train_batch_size: int = _doc("Examples (online: completions) per micro-batch.", 8, group="steps")
     per_device_eval_batch_size: int = _doc("The same in evaluation.", 8, group="steps", free=True)
     gradient_accumulation_steps: int = _doc("Micro-batches per optimizer step.", 1, group="steps")
+    max_tokens_per_micro_batch: int | None = _doc(
+        "Cut a step into micro-batches of at most so many tokens (rows x longest row), groups whole.",
+        None,
+        group="steps",
+    )
     max_steps: int | None = _doc("Optimizer steps; overrides epochs.", None, group="steps")
     num_train_epochs: float = _doc("Passes over the data.", 1.0, group="steps")
     learning_rate: float = _doc(
@@ -177,6 +262,12 @@ class Config:
     adam_epsilon: float = _doc("AdamW.", 1e-8, group="steps")
     max_grad_norm: float | None = _doc("Clip the gradient's norm; None: only measure it.", 1.0, group="steps")
     mixed_precision: Literal["no", "bf16", "fp16"] = _doc("Autocast of the forward pass.", "no", group="steps")
+    max_nonfinite_steps: int = _doc(
+        "Steps with NaN or infinity in loss, gradient or update that a run may skip, in all; 0: stop at the first.",
+        0,
+        group="steps",
+        free=True,
+    )
     seed: int = _doc("Decides initialisation, order and samples.", 0, group="steps")
 
     # -- watching and saving
@@ -193,7 +284,9 @@ class Config:
     report_to: list[str] = _doc("Trackers of accelerate.", ["tensorboard"], group="output", free=True)
     run_name: str | None = _doc("Shown in trackers and reports.", None, group="output", free=True)
     log_completions: int = _doc("Answers printed at each evaluation.", 0, group="output", free=True)
-    self_checks: bool = _doc("Checks before the first step and after it.", True, group="output", free=True)
+    self_checks: bool | dict[str, bool] = _doc(
+        "Checks before the first step and at it; `{padding: false}` leaves one out.", True, group="output", free=True
+    )
     disable_tqdm: bool = _doc("No progress bar.", False, group="output", free=True)
     report: bool = _doc("Write report.html at the end (extra `report`).", False, group="output", free=True)
 
@@ -225,10 +318,11 @@ class Config:
             "save_steps",
             "save_total_limit",
             "eval_rows",
+            "max_tokens_per_micro_batch",
         ):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
-        for name in ("warmup_steps", "top_k", "seed", "log_completions"):
+        for name in ("warmup_steps", "top_k", "seed", "log_completions", "sampler_check_steps", "max_nonfinite_steps"):
             self._at_least(name, 0)
         for name in (
             "learning_rate",
@@ -251,7 +345,21 @@ class Config:
             "adam_beta2",
         ):
             self._number(name, 0.0, 1.0)
-        for name in ("beta", "epsilon", "epsilon_high", "max_grad_norm", "reward_timeout", "eval_fraction"):
+        self._check_self_checks()
+        if secrets := secret_keys({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
+            raise ConfigError(
+                f"{secrets[0]} looks like a secret, and settings are written to the run's folder; take it from the "
+                f"environment (HF_TOKEN, WANDB_API_KEY, ...) and drop {secrets[0]}"
+            )
+        for name in (
+            "beta",
+            "epsilon",
+            "epsilon_high",
+            "max_grad_norm",
+            "reward_timeout",
+            "eval_fraction",
+            "sampler_check_bound",
+        ):
             if getattr(self, name) is not None:
                 self._number(name, 0.0, math.inf, open_low=name not in ("beta",))
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
@@ -265,6 +373,17 @@ class Config:
         if self.epsilon is not None and self.epsilon_high is not None and self.epsilon > self.epsilon_high:
             raise ConfigError(
                 f"epsilon={self.epsilon} is above epsilon_high={self.epsilon_high}; swap or raise epsilon_high"
+            )
+        self._number("pair_min_gap", 0.0, math.inf)
+        if self.mixture_coef is not None:
+            self._number("mixture_coef", 0.0, 1.0)
+        if self.keep_beta is not None:
+            self._number("keep_beta", 0.0, math.inf, open_low=True)
+        if self.keep_threshold is not None:
+            self._number("keep_threshold", -math.inf, math.inf)
+        if self.opponent_ema_decay is not None and not 0 <= self.opponent_ema_decay < 1:
+            raise ConfigError(
+                f"opponent_ema_decay={self.opponent_ema_decay} must be at least 0 and below 1, e.g. 0.99; at 1 it never moves"
             )
         if self.train_slice is not None and not (
             len(self.train_slice) == 2 and 0 <= self.train_slice[0] < self.train_slice[1] <= 1
@@ -313,12 +432,33 @@ class Config:
             raise ConfigError(
                 "lora_dropout does nothing while disable_dropout is on; set disable_dropout: false or drop it"
             )
+        if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
+            raise ConfigError(
+                "ref_cache_dir does nothing while precompute_ref_log_probs is off; set precompute_ref_log_probs: true or "
+                "drop ref_cache_dir"
+            )
+        if self.precompute_ref_log_probs and self.sync_ref_model:
+            raise ConfigError(
+                "precompute_ref_log_probs keeps the log-probs of one reference, and sync_ref_model moves it; drop one"
+            )
         if not self.use_peft and self.lora_target_modules != "all-linear":
             raise ConfigError("lora_target_modules does nothing while use_peft is off; set use_peft: true or drop it")
+        if self.sampler_check_steps == 0 and self.sampler_check_bound is not None:
+            raise ConfigError(
+                "sampler_check_bound does nothing while sampler_check_steps is 0; set sampler_check_steps or drop it"
+            )
         if self.replay_probability == 0 and self.replay_capacity != defaults["replay_capacity"]:
             raise ConfigError(
                 "replay_capacity does nothing while replay_probability is 0; set replay_probability or drop it"
             )
+
+    def _check_self_checks(self) -> None:
+        if isinstance(self.self_checks, dict):
+            for name, on in self.self_checks.items():
+                if name not in SELF_CHECKS:
+                    raise ConfigError(f"self_checks has no {name!r}{_check.suggestion(name, SELF_CHECKS)}")
+                if not isinstance(on, bool):
+                    raise ConfigError(f"self_checks.{name}={on!r} must be true or false; change self_checks.{name}")
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -332,6 +472,10 @@ class Config:
             raise ConfigError(str(error)) from None
 
     # -- views --------------------------------------------------------------------------------------------------------
+    def checks_itself(self, name: str) -> bool:
+        """Whether one of :data:`SELF_CHECKS` is on: all are, but for those that ``self_checks`` switches off."""
+        return self.self_checks.get(name, True) if isinstance(self.self_checks, dict) else self.self_checks
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""
         return dataclasses.asdict(self)
@@ -373,8 +517,17 @@ class Config:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """``value`` if it has the declared type (an int passes as a float), else an error that names the type."""
+    if (bad := _no_text(value)) is not None:
+        raise ConfigError(
+            f"{name} holds the text {ascii(bad)[:80]}, which has half a character (a surrogate) or a NUL; retype it"
+        )
     if _fits(value, hint):
-        return float(value) if _wants_float(hint) and isinstance(value, int) and not isinstance(value, bool) else value
+        if not _wants_float(hint) or isinstance(value, bool) or not isinstance(value, int):
+            return value
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} is a whole number of {len(str(value))} digits, too large to use") from None
     remedy = ""
     if isinstance(value, str):
         try:
@@ -385,6 +538,16 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     expected = " or ".join(map(repr, choices)) if choices and isinstance(value, str) else _type_name(hint)
     hint_word = _check.suggestion(value, [str(c) for c in choices]) if choices and isinstance(value, str) else ""
     raise ConfigError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}{remedy}{hint_word}")
+
+
+def _no_text(value: Any) -> str | None:
+    """A string in a value that no file name, tokenizer or log could take; None when there is none."""
+    if isinstance(value, str):
+        return value if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value) else None
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return next((bad for part in parts if (bad := _no_text(part)) is not None), None)
 
 
 def _literals(hint: Any) -> list[Any]:
@@ -410,7 +573,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+        inner = get_args(hint)[1] if get_args(hint) else Any
+        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, inner) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -500,5 +664,6 @@ def _yaml(text: str, where: str) -> Any:
         return Strict(text).get_single_data()
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # `!!int` and its like on text that is none ends in whatever the parser stumbled over
         raise ConfigError(f"{where} is not valid YAML: {error}") from None

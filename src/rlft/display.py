@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlft import _controllers, _correction, _pairwise
+from rlft._redact import redact
+
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["end", "facts", "progress", "quiet_transformers", "say", "start", "table", "warn"]
+__all__ = [
+    "byte_size",
+    "end",
+    "facts",
+    "note",
+    "peak_memory",
+    "progress",
+    "quiet_transformers",
+    "say",
+    "start",
+    "table",
+    "warn",
+]
+
+logger = logging.getLogger("rlft")
 
 #: Shown beside the bar, the first few that exist.
 _SHOWN = {
@@ -22,10 +40,17 @@ _SHOWN = {
     "entropy": "entropy",
     "completions/mean_length": "length",
     "grad_norm": "|grad|",
+    "judge/win_rate": "win rate",
     "eval_reward": "eval reward",
+    "eval_judge/win_rate": "eval win rate",
     "eval_rewards/accuracies": "eval acc",
     "eval_loss": "eval loss",
+    "meter/trained_tokens_per_second": "tok/s",
 }
+
+
+def _title(trainer: Trainer) -> str:
+    return redact(trainer.config.run_name or trainer.objective.name)
 
 
 def _console(stderr: bool = False) -> Any:
@@ -40,7 +65,15 @@ def facts(trainer: Trainer) -> dict[str, str]:
     trainable = sum(t.numel() for t in trainer.policy.parameters() if t.requires_grad)
     total = sum(t.numel() for t in trainer.policy.parameters())
     rows = dict(trainer.objective.describe())
+    if (controller := _controllers.describe(trainer)) is not None:
+        rows["KL controller"] = controller
+    if (options := _correction.settings(c)) is not None:
+        rows["sampler correction"] = ", ".join(f"{name} {value}" for name, value in options.items())
     rows["reference"] = getattr(trainer.policy, "reference_kind", "none").replace("_", " ")
+    if c.precompute_ref_log_probs:
+        from rlft import _ref_cache
+
+        rows["reference"] += f", log-probs kept in {_ref_cache.folder(trainer)}"
     rows["trains"] = f"{_count(trainable)} of {_count(total)} weights ({trainable / max(1, total):.1%})"
     data = trainer.train_data
     rows["data"] = f"{len(data.examples)} {data.format} rows" + (
@@ -51,16 +84,24 @@ def facts(trainer: Trainer) -> dict[str, str]:
             f"{c.num_generations} per prompt, {p.groups_per_step * c.num_generations * trainer.world_size} per step; "
             f"temperature {c.temperature:g}, at most {c.max_completion_length} tokens"
         )
-        rows["rewards"] = ", ".join(
-            name if weight == 1 else f"{weight:g} x {name}"
-            for name, weight in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
-        )
+        if trainer.rewards is not None:
+            rows["rewards"] = ", ".join(
+                name if weight == 1 else f"{weight:g} x {name}"
+                for name, weight in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
+            )
+        rows |= _pairwise.describe(trainer)
     else:
         rows["per step"] = f"{p.groups_per_step * trainer.world_size} examples"
     rows["tokens per step"] = f"about {_count(_tokens_per_step(trainer))}"
-    rows["steps"] = (
-        f"{p.total_steps} ({p.total_steps / p.steps_per_epoch:.2f} epochs), AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
+    rows["micro-batches"] = (
+        f"at most {p.micro_batch_rows} answers"
+        if c.max_tokens_per_micro_batch is None
+        else f"at most {c.max_tokens_per_micro_batch} tokens (rows x longest row), groups whole"
     )
+    adam = f"AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
+    if trainer.trust_step is not None:
+        adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trainer.trust_step.of_critic else "no optimizer"
+    rows["steps"] = f"{p.total_steps} ({p.total_steps / p.steps_per_epoch:.2f} epochs), {adam}"
     rows["processes"] = f"{trainer.world_size} on {trainer.device}" + (
         f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
     )
@@ -79,20 +120,25 @@ def _tokens_per_step(trainer: Trainer) -> int:
     return int(groups * (prompt + answers))
 
 
-def _memory(trainer: Trainer) -> str:
+def peak_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes of a step on the longest rows, by what they are for; see :func:`rlft.models.memory_estimate`."""
     from rlft.models import memory_estimate
 
     examples = trainer.train_data.examples
     prompt = max(len(e.prompt_ids) for e in examples)
     answer = max((len(c.ids) for e in examples for c in e.completions), default=0)
-    longest = trainer.plan.micro_batch_rows * (
-        prompt + (trainer.config.max_completion_length if trainer.online else answer)
-    )
-    estimate = memory_estimate(
-        trainer.policy, tokens=longest, gradient_checkpointing=trainer.config.gradient_checkpointing
-    )
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in estimate.items() if size)
-    return f"about {_bytes(sum(estimate.values()))} at the longest rows ({parts})"
+    row = prompt + (trainer.config.max_completion_length if trainer.online else answer)
+    longest = trainer.plan.micro_batch_rows * row
+    if (budget := trainer.config.max_tokens_per_micro_batch) is not None:
+        group = row * max(1, trainer.plan.micro_batch_rows // trainer.plan.micro_batch_groups)  # never split
+        longest = max(group, min(budget, group * trainer.plan.groups_per_step))
+    return memory_estimate(trainer.policy, tokens=longest, gradient_checkpointing=trainer.config.gradient_checkpointing)
+
+
+def _memory(trainer: Trainer) -> str:
+    estimate = peak_memory(trainer)
+    parts = ", ".join(f"{name} {byte_size(size)}" for name, size in estimate.items() if size)
+    return f"about {byte_size(sum(estimate.values()))} at the longest rows ({parts})"
 
 
 def table(title: str, rows: Mapping[str, str]) -> Any:
@@ -109,20 +155,33 @@ def table(title: str, rows: Mapping[str, str]) -> Any:
 
 
 def start(trainer: Trainer, resumed: bool) -> None:
-    """The table of what this run optimises, the data report, and one sample as it is trained on."""
+    """The table of what this run optimises, the data report, and one row as it is trained on."""
     if trainer.config.disable_tqdm:
         return
     console = _console()
-    title = trainer.config.run_name or trainer.objective.name
-    console.print(table(f"rlft: {title}" + (f", resumed at step {trainer.step}" if resumed else ""), facts(trainer)))
+    resumed_at = f", resumed at step {trainer.step}" if resumed else ""
+    console.print(table(f"rlft: {_title(trainer)}{resumed_at}", redact(facts(trainer))))
     report = trainer.train_data.report
     if report.skipped or report.kept != report.rows:
         print(report)
-    if trainer.train_data.examples[0].completions and sys.stdout.isatty():
-        from rlft.data import preview
+    if trainer.config.checks_itself("sample"):
+        _show_sample(trainer, console)
 
-        console.print("[bold]one example as it is trained on[/] (prompt dim, trained tokens highlighted)")
-        print(preview(trainer.train_data.examples[0], trainer.tokenizer))
+
+def _show_sample(trainer: Trainer, console: Any) -> None:
+    """The first row, decoded with its special tokens; trained tokens in colour, or in brackets where there is none."""
+    from rich.text import Text
+
+    from rlft.data import preview
+
+    example = trainer.train_data.examples[0]
+    colour = console.is_terminal and not console.no_color
+    told = "one prompt as the policy sees it"
+    if example.completions:
+        told = f"one row as it is trained on ({'trained tokens highlighted' if colour else 'trained tokens in [| |]'})"
+    console.print(Text(told, style="bold"))
+    text = preview(example, trainer.tokenizer, colour=colour)
+    console.print(Text.from_ansi(text) if colour else Text(text), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -151,9 +210,7 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
         TextColumn("{task.fields[numbers]}"),
     )
     with Progress(*columns, console=_console(stderr=True)) as bar:
-        task = bar.add_task(
-            trainer.config.run_name or trainer.objective.name, total=total, completed=trainer.step, numbers=""
-        )
+        task = bar.add_task(_title(trainer), total=total, completed=trainer.step, numbers="")
         yield lambda values: bar.update(task, completed=trainer.step, numbers=_numbers(values))
 
 
@@ -172,15 +229,27 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def end(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """One closing line."""
+    """The last numbers, and where the time went."""
     if trainer.is_main and not trainer.config.disable_tqdm:
         print(f"done: {trainer.step} steps, saved in {trainer.run_dir}  {_numbers(values)}", flush=True)
+        shares = trainer.meter.shares()
+        if shares:
+            parts = [f"{name.replace('_', ' and ')} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+            print(f"time: {', '.join(parts)}", flush=True)
 
 
 def say(trainer: Trainer, text: str) -> None:
     """One line from the main process."""
     if trainer.is_main:
         print(text, flush=True)
+
+
+def note(trainer: Trainer, text: str) -> None:
+    """One line in the log of ``rlft``, and on the screen of a run that is not quiet; from the main process."""
+    if trainer.is_main:
+        logger.info(text)
+        if not trainer.config.disable_tqdm:
+            print(text, flush=True)
 
 
 def warn(trainer: Trainer, text: str) -> None:
@@ -202,7 +271,8 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _bytes(number: float) -> str:
+def byte_size(number: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import _parts, checkpoint, online, reduce, setup
+from rlft import _pairwise, _parts, checkpoint, online, reduce, setup
+from rlft._failpoint import instant
 from rlft.metrics import MetricSums
 from rlft.types import Batch
 
@@ -35,7 +36,7 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     trainer.metrics = MetricSums()
     try:
         mine = data.examples[trainer.rank :: trainer.world_size]
-        with torch.no_grad():
+        with torch.no_grad(), instant("train.evaluate"):
             (_online if trainer.online else _offline)(trainer, mine)
         values = setup.gather_metrics(trainer.accelerator, trainer.metrics)
     finally:
@@ -47,7 +48,7 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
 
 
 def _online(trainer: Trainer, examples: list[Any]) -> None:
-    """Greedy answers, one per prompt."""
+    """Greedy answers, one per prompt: their rewards, or how often a judge prefers them to the reference's."""
     for start in range(0, len(examples), _prompts_at_once(trainer)):
         chunk = examples[start : start + _prompts_at_once(trainer)]
         sampled = trainer.sampler.sample(
@@ -58,9 +59,12 @@ def _online(trainer: Trainer, examples: list[Any]) -> None:
             weight_version=trainer.step,
             poll=trainer.poll,
         )
-        rewards = online.score_rollout(trainer, chunk, sampled).double()
+        if trainer.judge is None:
+            rewards, name = online.score_rollout(trainer, chunk, sampled).double(), "reward"
+        else:
+            rewards, name = _pairwise.win_rate_of_greedy(trainer, chunk, sampled), "judge/win_rate"
         everything = torch.ones(len(chunk), dtype=torch.bool)
-        trainer.metrics.add("reward", rewards, ~torch.isnan(rewards))
+        trainer.metrics.add(name, rewards, ~torch.isnan(rewards))
         lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
         trainer.metrics.add("completions/mean_length", lengths, everything)
         trainer.metrics.add("completions/clipped_ratio", (~torch.tensor(sampled.finished)).double(), everything)
@@ -81,6 +85,7 @@ def _offline(trainer: Trainer, examples: list[Any]) -> None:
             continue
         batch = collate(chunk, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards)
         batch = setup.with_columns(batch, chunk, trainer.objective).to(trainer.device)
+        batch = trainer.ref_logps.fill(batch, chunk)
         batch = trainer.objective.prepare(online.fill_constants(trainer, batch))
         outputs = trainer.forward(batch, trainer._wanted(batch))
         _, results = trainer.objective.compute(outputs, batch, trainer.objective.denominators(batch))

@@ -184,7 +184,7 @@ def penalty(
         return number
     if gradient == "ratio_k3":
         # d(ratio k3) at ratio = 1 is k3 dlogp + dk3; the first term is what turns forward into reverse.
-        k3_value = estimator("k3")
+        k3_value = _k3(log_ratio)
         carrier = k3_value.detach() * log_ratio + k3_value
     else:
         carrier = estimator(gradient)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlft import _check, advantages, kl, reduce
 from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, bind, probe, split_signature
+from rlft.trust_region import TrustRegion
 from rlft.types import Batch, LossOutput
 
 __all__ = ["ADVANTAGES", "Objective", "Term"]
@@ -31,6 +32,8 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "leave_one_out": advantages.leave_one_out,
     "group_norm": advantages.group_norm,
 }
+#: What a critic gives.
+VALUES = frozenset({"values", "old_values", "start_values"})
 _NEEDS_SIBLINGS = {"leave_one_out", "group_norm", "group_mean"}
 
 
@@ -44,12 +47,15 @@ class Objective:
         advantage: how rewards become advantages when the loss asks for ``advantages``: ``reward``, ``group_mean``,
             ``leave_one_out``, ``group_norm``, ``gae``, or a function of (rewards, group_ids).
         kl: where a KL term to the reference goes that the loss does not carry itself: ``None``, ``"reward"`` or ``"loss"``.
-        kl_value: estimator of its value: ``k1``, ``k2``, ``k3`` or ``exact``.
+        kl_value: estimator of its value: ``k1``, ``k2``, ``k3`` (the default) or ``exact``. Without ``kl`` this and
+            ``kl_gradient`` go to a loss that has them among its own settings, and are refused by any other.
         kl_gradient: estimator whose gradient it has (``"loss"`` only); default: the value's own.
         averaging: replaces the averaging that the loss names; see :mod:`rlft.reduce`.
         length: the constant of ``averaging="fixed_length"``.
         name: shown in tables and logs.
         rename: parameter name -> quantity, where they differ.
+        trust_region: limits of a natural-gradient step with line search, which then replaces the optimizer's for the
+            policy; None for the optimizer.
         **hyper: hyper-parameters of the loss, of the advantage (``eps``, ``gamma``, ``lam``) and of the KL (``beta``).
 
     Raises:
@@ -62,21 +68,28 @@ class Objective:
         *,
         advantage: str | Callable[..., Tensor] | None = None,
         kl: str | None = None,
-        kl_value: str = "k3",
+        kl_value: str | None = None,
         kl_gradient: str | None = None,
         averaging: str | None = None,
         length: int | None = None,
         name: str | None = None,
         rename: Mapping[str, str] | None = None,
+        trust_region: TrustRegion | None = None,
         **hyper: Any,
     ) -> None:
         tensors, keywords = split_signature(loss)
         self.name = name or getattr(loss, "__name__", type(loss).__name__)
         self.advantage = advantage
         self.kl = kl
-        self.kl_value = kl_value
+        self.kl_value = kl_value or "k3"
+        self.trust_region = trust_region
         given = dict(hyper)
         own = {key: given.pop(key) for key in list(given) if key in keywords}
+        for key, choice in (("kl_value", kl_value), ("kl_gradient", kl_gradient)):
+            if kl is None and choice is not None:
+                if key not in keywords:
+                    raise ValueError(f"{key}={choice!r} does nothing: {self.name!r} has no KL term; set kl as well")
+                own[key] = choice
         missing = [k for k, p in keywords.items() if p.default is p.empty and k not in own]
         if missing:
             raise ValueError(f"objective {self.name!r} needs {', '.join(missing)}; give a number for each")
@@ -173,9 +186,13 @@ class Objective:
         if len(owners) == 2 and (owners[0].advantage, owners[0].beta) != (owners[1].advantage, owners[1].beta):
             raise ValueError("two objectives with different advantages cannot be added: a batch holds one advantage")
         base = owners[0] if owners else self
+        regions = {o.trust_region for o in (self, other) if o.trust_region is not None}
+        if len(regions) == 2:
+            raise ValueError("two objectives with different trust regions cannot be added: a step has one limit")
         joined = object.__new__(Objective)
         joined.__dict__.update(base.__dict__)
         joined.terms = self.terms + other.terms
+        joined.trust_region = next(iter(regions), None)
         joined.name = f"{self.name} + {other.name}"
         return joined
 
@@ -194,6 +211,12 @@ class Objective:
         copy = object.__new__(Objective)
         copy.__dict__.update(self.__dict__)
         copy.name = name
+        return copy
+
+    def without_values(self) -> Objective:
+        """The terms that the critic has no part in."""
+        copy = self.renamed(self.name)
+        copy.terms = tuple(term for term in self.terms if not term.quantities & VALUES)
         return copy
 
     # -- what a run needs ---------------------------------------------------------------------------------------------
@@ -222,7 +245,7 @@ class Objective:
         if names & {"start_values", "old_values"}:
             names |= {"values"}
         wanted = names & FORWARD
-        if any(term.function is entropy_bonus for term in self.terms):
+        if any(inspect.unwrap(term.function) is entropy_bonus for term in self.terms):
             wanted |= {"entropy_grad"}
         return frozenset(wanted)
 
@@ -244,6 +267,11 @@ class Objective:
     def couples_rows(self) -> bool:
         """True when rows of different prompts are compared: the step must be one micro-batch on one process."""
         return any(bool(getattr(term.function, "couples_rows", False)) for term in self.terms)
+
+    @property
+    def advantage_weighted(self) -> bool:
+        """True when a row whose advantages are 0 has neither loss nor gradient, in any term."""
+        return all(getattr(t.function, "advantage_weighted", False) and not t.hyper.get("beta") for t in self.terms)
 
     @property
     def needs_pairs(self) -> bool:
@@ -336,8 +364,8 @@ class Objective:
 
     def _run(self, term: Term, outputs: Mapping[str, Tensor], batch: Batch) -> LossOutput:
         if term.hyper.get("beta") == 0:
-            fill = {"ref_logps": outputs["logps"].detach(), "token_kl": torch.zeros_like(outputs["logps"])}
-            outputs = {**outputs, **{name: fill[name] for name in REFERENCE & set(term.sources) - set(outputs)}}
+            zeros = {name: torch.zeros_like(outputs["logps"]) for name in REFERENCE & set(term.sources)}
+            outputs = {**zeros, **({"ref_logps": outputs["logps"].detach()} if "ref_logps" in zeros else {}), **outputs}
         tensors = [bind(name, outputs, batch, self.name) for name in term.sources]
         output = term.function(*tensors, **term.hyper)
         entries = term.entries(batch.mask)
@@ -363,6 +391,8 @@ class Objective:
             self.kl or "", ""
         )
         reference = self.needs_reference
+        region = self.trust_region
+        step = {} if region is None else {"step": region.describe()}
         return {
             "objective": self.name,
             "loss": " + ".join(f"{t.weight:g} {t.name}" if t.weight != 1 else t.name for t in self.terms),
@@ -373,6 +403,7 @@ class Objective:
             "averaging": ", ".join(
                 dict.fromkeys(f"{t.reduction}({t.length})" if t.length else t.reduction for t in self.terms)
             ),
+            **step,
         }
 
 

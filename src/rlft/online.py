@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,33 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import _guard, reduce, setup
+from rlft import _controllers, _guard, _old_logps, _pairwise, _pairwise_rules, _watchdog, reduce, setup
+from rlft._failpoint import instant
+from rlft._terms import BEHAVIOUR, REFERENCE
 from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
+from rlft.source import OnlineSource
 from rlft.types import Batch
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["fill_constants", "no_grad_outputs", "rollout", "score", "to_batch"]
+__all__ = [
+    "columns",
+    "decoded",
+    "fill_constants",
+    "move_reference",
+    "no_grad_outputs",
+    "rollout",
+    "score",
+    "to_batch",
+    "watch_flips",
+]
 
 #: Generations in a row with nothing but equal rewards after which the log says so.
 EQUAL_STEPS = 10
+#: Share of answers with A > 2 beta above which the likelihood-ratio term is said to push the wrong way.
+FLIP_SHARE = 0.1
 #: Columns that are handed to reward functions under names of their own, or are no data of theirs.
 _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state"}
 
@@ -51,36 +66,58 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
         examples: prompts with their columns.
         seed: decides the samples together with weights and prompts.
     """
-    n = trainer.config.num_generations
-    sampled = trainer.sampler.sample(
-        [e.prompt_ids for e in examples],
-        n,
-        sampling_params(trainer),
-        seed=seed,
-        weight_version=trainer.step,
-        poll=trainer.poll,
-    )
+    n, params = trainer.config.num_generations, sampling_params(trainer)
+    # both answers of a pair come from the mixture where there is one; an answer that meets an opponent, from the policy
+    mixture = trainer.opponent if _pairwise_rules.wants_pairs(trainer.objective) else None
+    sampler = trainer.sampler if mixture is None else mixture
+    with trainer.meter.phase("sample"), instant("train.sample"):
+        sampled = sampler.sample(
+            [e.prompt_ids for e in examples],
+            n,
+            params,
+            seed=seed,
+            weight_version=trainer.step,
+            poll=trainer.poll,
+        )
+    trainer.meter.sampled([len(ids) for ids in sampled.completion_ids])
+    if mixture is None:
+        _watchdog.watch(trainer, examples, sampled, params)
     repeated = [e for e in examples for _ in range(n)]
-    rewards = score_rollout(trainer, repeated, sampled)
+    if trainer.judge is None:
+        rewards = score_rollout(trainer, repeated, sampled)
+    else:
+        rewards = torch.full((len(repeated),), torch.nan)
     if trainer.replay is not None:
         sampled, rewards = trainer.replay.mix(examples, sampled, rewards, seed=seed)
     _record_samples(trainer, sampled, rewards, n)
     batch = to_batch(trainer, examples, sampled, rewards)
     _watch_masked(trainer, batch)
-    return batch
+    return _pairwise.complete(trainer, examples, sampled, batch, seed=seed)
+
+
+def decoded(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout) -> list[Any]:
+    """Sampled answers as reward functions see them: text, or one assistant message for conversational prompts."""
+    texts = trainer.tokenizer.batch_decode(
+        [_without_end(trainer, ids) for ids in sampled.completion_ids], skip_special_tokens=True
+    )
+    return [
+        [{"role": "assistant", "content": text}] if isinstance(example.prompt, list) else text
+        for example, text in zip(repeated, texts, strict=True)
+    ]
+
+
+def columns(examples: Sequence[Any]) -> dict[str, list[Any]]:
+    """The dataset's other columns, one entry per example."""
+    names = {name for e in examples for name in e.columns} - _RESERVED
+    return {name: [e.columns.get(name) for e in examples] for name in sorted(names)}
 
 
 def score_rollout(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout, *, prefix: str = "") -> Tensor:
     """Rewards ``[B]`` of sampled answers, NaN where unscored; each function's mean and spread go to the metrics."""
     trainer.poll()
-    texts = trainer.tokenizer.batch_decode(
-        [_without_end(trainer, ids) for ids in sampled.completion_ids], skip_special_tokens=True
-    )
-    completions = [
-        [{"role": "assistant", "content": text}] if isinstance(example.prompt, list) else text
-        for example, text in zip(repeated, texts, strict=True)
-    ]
-    output = trainer.score(repeated, completions, sampled.completion_ids)
+    completions = decoded(trainer, repeated, sampled)
+    with trainer.meter.phase("reward"), instant("train.reward"):
+        output = trainer.score(repeated, completions, sampled.completion_ids)
     each = output.each.double()
     for column, name in enumerate(output.names):
         values = each[:, column]
@@ -97,12 +134,11 @@ def score(
 ) -> Any:
     """Call the reward functions with TRL's keywords."""
     assert trainer.rewards is not None
-    names = {name for e in examples for name in e.columns} - _RESERVED
     return trainer.rewards(
         prompts=[e.prompt for e in examples],
         completions=list(completions),
         completion_ids=[list(ids) for ids in completion_ids],
-        columns={name: [e.columns.get(name) for e in examples] for name in sorted(names)},
+        columns=columns(examples),
         trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
         poll=trainer.poll,
     )
@@ -128,7 +164,16 @@ def to_batch(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, reward
         group_ids=torch.arange(len(examples)).repeat_interleave(n),
         rewards=rewards.float(),
     )
+    if "sampler_logps" in trainer.objective.needs or _old_logps.of_sampler(trainer):
+        batch = batch.replace(extras={"sampler_logps": _padded(trainer, sampled.logps)})
     return setup.with_columns(batch, examples, trainer.objective).to(trainer.device)
+
+
+def _padded(trainer: Trainer, logps: Sequence[Sequence[float]]) -> Tensor:
+    """``[B, T]`` in the precision of the policy's own log-probs."""
+    double = next(trainer.policy.parameters()).dtype == torch.float64
+    rows = [torch.tensor(row, dtype=torch.float64 if double else torch.float32) for row in logps]
+    return pad_sequence(rows, batch_first=True)
 
 
 def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
@@ -140,21 +185,49 @@ def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
     objective = trainer.objective
     in_reward = objective.kl == "reward" and objective.beta > 0
     reused = trainer.plan.updates_per_generation > 1
+    noted = batch.extras.get("sampler_logps")
+    if noted is not None and "sampler_logps" not in objective.needs:
+        batch = batch.replace(extras={name: t for name, t in batch.extras.items() if name != "sampler_logps"})
     want = set()
     if "ref_logps" in objective.needs and batch.ref_logps is None and (in_reward or reused):
         want.add("ref_logps")
     if batch.old_logps is None and (in_reward or ("old_logps" in objective.needs and reused)):
-        want.add("logps")
+        if noted is not None and _old_logps.trusted(trainer):
+            batch = batch.replace(old_logps=noted)
+        else:
+            want.add("logps")
+    repeated = trainer.online and trainer.config.num_iterations > 1
+    if "token_kl" in objective.needs and batch.ref_states is None and repeated:
+        want.add("ref_states")  # the reference's trunk runs once per generation, not once per pass over it
     if objective.advantage == "gae":
         want.add("values")
     if want:
-        outputs = no_grad_outputs(trainer, batch, frozenset(want))
-        names = {"logps": "old_logps", "ref_logps": "ref_logps", "values": "values"}
-        batch = batch.replace(**{names[name]: outputs[name] for name in want})
+        with trainer.meter.phase("reference"):
+            outputs = no_grad_outputs(trainer, batch, frozenset(want))
+        names = {"logps": "old_logps"}
+        batch = batch.replace(**{names.get(name, name): values for name, values in outputs.items()})
+        if "logps" in want and noted is not None and _old_logps.of_sampler(trainer):
+            if _old_logps.agree(trainer, batch, outputs["logps"], noted):
+                batch = batch.replace(old_logps=noted)  # from the first generation on, so that all are made alike
+    if in_reward:
+        _controllers.observe_reward(trainer, batch)
+    if reused and BEHAVIOUR & objective.needs:
+        trainer.policy.remember_behaviour()
     if "kl_baseline" in objective.needs:
         baseline = _kto_baseline(trainer, batch)
         batch = batch.replace(extras={**batch.extras, "kl_baseline": baseline.expand(batch.num_rows).contiguous()})
     return batch
+
+
+def move_reference(trainer: Trainer) -> None:
+    """After a step: mix the policy into the reference, where ``sync_ref_model`` says so and it is due."""
+    c = trainer.config
+    if not c.sync_ref_model or trainer.step % c.ref_model_sync_steps:
+        return
+    trainer.policy.update_reference(c.ref_model_mixup_alpha)
+    source = trainer.source
+    if isinstance(source, OnlineSource):  # what is left of a generation is compared with the reference as it is now
+        source.queue = [batch.replace(ref_logps=None, ref_states=None) for batch in source.queue]
 
 
 @torch.no_grad()
@@ -166,8 +239,16 @@ def no_grad_outputs(trainer: Trainer, batch: Batch, want: frozenset[str]) -> dic
     for rows in torch.arange(batch.num_rows).split(rows_at_once):
         trainer.poll()
         for name, values in trainer.forward(batch.select(rows).to(trainer.device), want).items():
-            parts.setdefault(name, []).append(pad(values, (0, width - values.shape[1])) if values.ndim > 1 else values)
+            parts.setdefault(name, []).append(_widened(values, width))
+        trainer.meter.passed(trainer.policy.layout_used, passes=1 + bool(want & REFERENCE and want - REFERENCE))
     return {name: torch.cat(values).to(batch.device) for name, values in parts.items()}
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """``[B]`` as it is, ``[B, T]`` or ``[B, T, D]`` with T made ``width``."""
+    if values.ndim == 1:
+        return values
+    return pad(values, (*(0, 0) * (values.ndim - 2), 0, width - values.shape[1]))
 
 
 def _kto_baseline(trainer: Trainer, batch: Batch) -> Tensor:
@@ -185,6 +266,19 @@ def _kto_baseline(trainer: Trainer, batch: Batch) -> Tensor:
 
 
 def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int) -> None:
+    if trainer.judge is None:
+        _record_rewards(trainer, rewards, n)
+    lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
+    finished = torch.tensor(sampled.finished)
+    everything = torch.ones_like(finished)
+    trainer.metrics.add("completions/mean_length", lengths, everything)
+    trainer.metrics.add_min("completions/min_length", lengths)
+    trainer.metrics.add_max("completions/max_length", lengths)
+    trainer.metrics.add("completions/mean_terminated_length", lengths, finished)
+    trainer.metrics.add("completions/clipped_ratio", (~finished).double(), everything)
+
+
+def _record_rewards(trainer: Trainer, rewards: Tensor, n: int) -> None:
     groups = rewards.double().reshape(-1, n)
     scored = ~torch.isnan(groups)
     trainer.metrics.add("reward", groups, scored)
@@ -195,14 +289,6 @@ def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int)
     trainer.metrics.add("reward_std", spread, usable)
     trainer.metrics.add("frac_reward_zero_std", (spread == 0).double(), usable)
     _watch_equal(trainer, (spread == 0) & usable, usable)
-    lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
-    finished = torch.tensor(sampled.finished)
-    everything = torch.ones_like(finished)
-    trainer.metrics.add("completions/mean_length", lengths, everything)
-    trainer.metrics.add_min("completions/min_length", lengths)
-    trainer.metrics.add_max("completions/max_length", lengths)
-    trainer.metrics.add("completions/mean_terminated_length", lengths, finished)
-    trainer.metrics.add("completions/clipped_ratio", (~finished).double(), everything)
 
 
 def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
@@ -224,6 +310,19 @@ def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
             f"step {trainer.step + 1}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
             f"teach nothing; look at a printed answer (log_completions), use easier or harder prompts, more "
             f"num_generations (now {trainer.config.num_generations}), or dynamic_sampling: true",
+        )
+
+
+def watch_flips(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Say once when the likelihood-ratio term lowers the probability of many good answers; ``values`` are logged ones."""
+    share = values.get("agro/flip_fraction", 0.0)
+    if share > FLIP_SHARE and any(term.lr_coef for term in trainer.objective.terms):
+        _guard.told(
+            trainer,
+            "flips",
+            f"step {trainer.step}: {share:.0%} of the answers have A > 2 beta (agro/flip_fraction, more than {FLIP_SHARE:.0%}); "
+            f"there the likelihood-ratio term of {trainer.objective.name!r} outweighs the rest and lowers the probability of "
+            f"good answers. Set lr_coef: 0 (or agro_off_policy), or raise beta (now {trainer.objective.beta:g})",
         )
 
 

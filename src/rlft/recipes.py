@@ -12,6 +12,7 @@ from typing import Any
 
 from rlft import _check, losses
 from rlft.objective import Objective, entropy_bonus
+from rlft.trust_region import TrustRegion
 
 __all__ = ["RECIPES", "build", "names", "recipe"]
 
@@ -75,7 +76,7 @@ def ppo(
         losses.ppo_clip,
         advantage="gae",
         kl="reward" if beta > 0 else None,
-        kl_value="k1",
+        kl_value="k1" if beta > 0 else None,
         clip_eps=clip_eps,
         clip_eps_high=clip_eps_high,
         gamma=gamma,
@@ -87,6 +88,29 @@ def ppo(
     if entropy_coef:
         total = total + entropy_coef * Objective(entropy_bonus)
     return total
+
+
+@recipe
+def trpo(
+    *,
+    max_kl: float = 0.001,
+    cg_iters: int = 10,
+    cg_damping: float = 0.1,
+    cg_tolerance: float = 1e-4,
+    backtrack: float = 0.8,
+    max_backtracks: int = 10,
+    advantage: str = "leave_one_out",
+    **hyper: Any,
+) -> Objective:
+    """TRPO: ``max E[rho A]`` with ``mean KL(old || new) <= max_kl``: natural gradient by conjugate gradient, line search.
+
+    With ``advantage="gae"`` a critic, a model of its own, learns by AdamW beside it.
+    """
+    region = TrustRegion(max_kl, cg_iters, cg_damping, cg_tolerance, backtrack, max_backtracks)
+    if advantage != "gae":
+        return Objective(losses.trpo, advantage=advantage, trust_region=region, **hyper)
+    policy = Objective(losses.trpo, advantage="gae", trust_region=region, **{"gamma": 1.0, "lam": 0.95, **hyper})
+    return policy + Objective(losses.value_loss)
 
 
 @recipe

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def _known(reduction: str, mask: Tensor, length: int | None) -> None:
         fit = "'mean'" if mask.ndim == 1 else ", ".join(repr(r) for r in REDUCTIONS[1:])
         raise ValueError(f"averaging {reduction!r} does not fit a loss that is {kind}; use {fit}")
     if reduction == "fixed_length":
-        if length is None or length <= 0:
+        if length is None or length < 1:
             raise ValueError(f"averaging 'fixed_length' divides by a constant: give length > 0, got {length!r}")
     elif length is not None:
         raise ValueError(f"length={length!r} does nothing under averaging {reduction!r}; only 'fixed_length' uses it")
@@ -158,6 +157,6 @@ def average(
     Raises:
         ValueError: for an unknown averaging, one that does not fit the shape, or a ``length`` that does nothing.
     """
-    count = denominator(mask, reduction, length=length).clamp(min=torch.finfo(torch.float64).tiny)
+    count = denominator(mask, reduction, length=length).clamp(min=1)  # it is whole, and zero when nothing is unmasked
     total = numerator(loss, mask, reduction, length=length)
-    return total / torch.where(mask.any(), count, torch.ones_like(count)).to(total.dtype)
+    return total / count.to(total.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 from rlft._curves import PANELS, Panel, Rows, draw_groups, draw_run, leftover_panels, per_key, present, series
 from rlft._page import Table, facts, flatten, html_page, make_table, number
 from rlft._redact import redact
+from rlft._shares import draw_shares, share_table
 from rlft.metrics import LOG_NAME, read_metrics
 
 __all__ = ["PANELS", "Panel", "Table", "comparison_table", "demo_report", "plot_curves", "write_report"]
@@ -209,6 +210,10 @@ def write_report(
         parts.append(
             f"<details><summary>{section}</summary>{image}</details>" if folded else f"<h2>{section}</h2>{image}"
         )
+    if (picture := draw_shares(groups)) is not None and (shares := share_table(groups)) is not None:
+        page.with_name(f"{page.stem}-time.png").write_bytes(picture)
+        source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+        parts.append(f'<h2>Where the time went</h2><img alt="time per phase" src="{source}">{shares.html}')
     if single:
         parts.append("<h2>Every metric</h2>" + _metric_table(only).html)
     parts += _files(folders, configs)
@@ -360,7 +365,8 @@ def _pictures(groups: Mapping[str, Sequence[Rows]], single: bool) -> Iterator[tu
     """Section, whether it is folded away at first, and its curves as PNG."""
     keys = _keys(rows for seeds in groups.values() for rows in seeds)
     known = present(PANELS, keys)
-    more = leftover_panels(known, keys)
+    # shares and their seconds are a bar of their own
+    more = leftover_panels(known, [k for k in keys if not k.startswith("meter/share/") and k != "meter/seconds"])
     for section in dict.fromkeys(panel.section for panel in [*known, *more]):
         panels = [panel for panel in [*known, *more] if panel.section == section]
         if single:

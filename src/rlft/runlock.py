@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from rlft._failpoint import instant
-from rlft._files import append_bytes, make_dir, remove_file, replace_file
+from rlft._files import append_bytes, disk_trouble, make_dir, remove_file, replace_file
 from rlft._json import config_diff, dumps, loads
 from rlft._json import config_hash as hash_of
 from rlft._redact import redact
@@ -87,13 +87,14 @@ class RunLock:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 self._descriptor = os.open(self.run_dir / LOCK_NAME, flags, 0o666)
             self._lock()
-            for stale in sorted(self.run_dir.glob(f".tmp-{RUN_NAME}-*")):
+            for stale in sorted(self.run_dir.glob(".tmp-*.json-*")):  # run.json, and the trainer's own small files
                 remove_file("run.config.stale", stale)
             self._claim()
         except OSError as error:
             self.release()
+            trouble = disk_trouble(error, self.run_dir, len(dumps(redact(self.config or {}), what="run.json")))
             raise RunLockError(
-                f"{self.run_dir} cannot be written: {error.strerror}; make it writable, free some space, "
+                f"{self.run_dir} cannot be written: {trouble}; make it writable, free some space, "
                 f"or choose another output directory"
             ) from error
         except BaseException:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import display, recipes
+from rlft import _micro, _pairwise, _pairwise_rules, display, recipes
 from rlft._checks import check_data, check_settings
 from rlft._parts import (
     accelerator_for,
     adamw,
     critic_for,
+    freeze_unused_head,
+    judge_for,
     load_data,
     lora_settings,
     policy_model,
@@ -26,7 +28,6 @@ from rlft._parts import (
 )
 from rlft._plan import Plan, plan
 from rlft.config import Config, ConfigError
-from rlft.errors import TrainingError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
 from rlft.source import OfflineSource, OnlineSource, Refill, Source
@@ -35,7 +36,7 @@ from rlft.types import Batch
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["Parts", "build", "gather_metrics", "objective", "self_check", "source", "with_columns"]
+__all__ = ["Parts", "build", "gather_metrics", "objective", "source", "trust_step", "with_columns"]
 
 logger = logging.getLogger("rlft")
 
@@ -52,6 +53,8 @@ class Parts:
     train_data: Any
     eval_data: Any
     rewards: Any
+    judge: Any
+    players: _pairwise.Players
     sampler: Any
     replay: Any
     plan: Plan
@@ -108,6 +111,7 @@ def build(
     eval_dataset: Any,
     tokenizer: Any,
     reward_funcs: Any,
+    judge: Any,
     peft_config: Any,
     ref_model: Any,
     sampler: Any,
@@ -120,19 +124,24 @@ def build(
 
     specs = reward_funcs if reward_funcs is not None else config.rewards
     specs = [specs] if callable(specs) or isinstance(specs, (str, Mapping)) else list(specs)
-    check_settings(config, objective, online=bool(specs))
+    judge = judge if judge is not None else config.judge
+    online = bool(specs) or judge is not None
+    check_settings(config, objective, online=online, rewarded=bool(specs), judged=judge is not None)
+    if objective.trust_region is not None and optimizer is not None and not objective.needs_critic:
+        raise ConfigError(f"optimizers does nothing: objective {objective.name!r} steps without one; drop it")
     accelerator = accelerator_for(config)
     source = model if model is not None else config.model
     if source is None:
         raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
     train_rows, eval_rows, texts = load_data(config, train_dataset, eval_dataset)
     tokenizer = tokenizer_for(config, tokenizer, source, texts)
-    train = tokenized(config, train_rows, tokenizer, online=bool(specs))
-    held_out = tokenized(config, eval_rows, tokenizer, online=bool(specs)) if eval_rows is not None else None
-    check_data(config, objective, train, online=bool(specs))
+    train = tokenized(config, train_rows, tokenizer, online=online)
+    held_out = tokenized(config, eval_rows, tokenizer, online=online) if eval_rows is not None else None
+    check_data(config, objective, train, online=online)
     if held_out is not None:
         check_overlap(train.examples, held_out.examples)
     rewards = rewards_for(config, specs, accelerator.device, tokenizer) if specs else None
+    judge = judge_for(config, judge) if judge is not None else None
 
     with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
         loaded = policy_model(config, source, tokenizer, objective)
@@ -151,11 +160,12 @@ def build(
             critic=critic_for(config, objective),
             dropout=not config.disable_dropout,
         )
+        freeze_unused_head(base, objective)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     models.check_trainable(policy)
     wrapped, adam = accelerator.prepare(policy, optimizer or adamw(config, policy))
-    if specs and sampler is None:
+    if online and sampler is None:
         sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
     replay = None
     if config.replay_probability:
@@ -169,6 +179,10 @@ def build(
         train_data=train,
         eval_data=held_out,
         rewards=rewards,
+        judge=judge,
+        players=_pairwise.players(
+            config, objective, policy, tokenizer, judged=judge is not None and held_out is not None
+        ),
         sampler=sampler,
         replay=replay,
         plan=plan(
@@ -177,7 +191,7 @@ def build(
             len(train.examples),
             _rows_per_example(train),
             accelerator.num_processes,
-            online=bool(specs),
+            online=online,
         ),
     )
 
@@ -199,28 +213,42 @@ def source(trainer: Trainer) -> Source:
     )
 
     def split(batch: Batch) -> list[Batch]:
-        if trainer.online and not trainer.objective.needs_groups:
-            return batch.split(p.micro_batch_rows, keep_groups=False)
-        return batch.split_groups(p.micro_batch_groups)
+        return _micro.split(trainer, batch)
+
+    each = _pairwise_rules.groups_per_prompt(c, trainer.objective) if trainer.online else 1
+    thinned = trainer.online and (_pairwise_rules.wants_pairs(trainer.objective) or c.keep != "all")
+
+    def cut(batch: Batch) -> list[Batch]:
+        pieces = batch.split_groups(p.groups_per_step * each)
+        return [_pairwise.alive(piece) for piece in pieces] if thinned else pieces
 
     if trainer.online:
         return OnlineSource(
             order,
             lambda indices, step: trainer.rollout(indices, step),
             lambda batch: trainer.prepare(batch),
-            lambda batch: batch.split_groups(p.groups_per_step),
+            cut,
             split,
             c.num_iterations,
-            refill=Refill(p.draws, c.max_refills) if c.dynamic_sampling else None,
+            refill=Refill(p.draws * each, c.max_refills) if c.dynamic_sampling else None,
         )
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
 
     def make_batch(indices: Sequence[int]) -> Batch:
         examples = [data.examples[i] for i in indices]
         batch = with_columns(collate(examples, pad_id=pad_id, pair_rewards=pair_rewards), examples, trainer.objective)
-        return batch.to(trainer.device)
+        return trainer.ref_logps.fill(batch.to(trainer.device), examples)
 
     return OfflineSource(order, make_batch, lambda batch: trainer.prepare(batch), split)
+
+
+def trust_step(trainer: Trainer) -> Any:
+    """What moves the policy in place of the optimizer, where the objective has a trust region; else None."""
+    if trainer.objective.trust_region is None:
+        return None
+    from rlft._trust_step import TrustStep
+
+    return TrustStep(trainer)
 
 
 def with_columns(batch: Batch, examples: Sequence[Any], objective: Objective) -> Batch:
@@ -253,43 +281,3 @@ def gather_metrics(accelerator: Any, sums: MetricSums) -> dict[str, float]:
     if accelerator.num_processes > 1:
         sums = sums.reduce(accelerator.gather, device=accelerator.device)
     return sums.means()
-
-
-def self_check(trainer: Trainer) -> None:
-    """Before the first step: where the reference is the policy as it was passed, both give the same log-probs."""
-    from rlft import online
-
-    if getattr(trainer.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
-        return
-    examples = trainer.train_data.examples[:2]
-    batch = _probe_batch(trainer, examples)
-    outputs = online.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}))
-    gap = float((outputs["logps"] - outputs["ref_logps"]).abs().max())
-    if not gap <= 1e-4:
-        raise TrainingError(
-            f"self-check: policy and reference should be one model before the first step, but their log-probs differ by up "
-            f"to {gap:.3g}; likely causes: dropout, a trained adapter under a bare reference, or mixed precision. "
-            f"Set self_checks: false to go on regardless"
-        )
-
-
-def _probe_batch(trainer: Trainer, examples: list[Any]) -> Batch:
-    """A few real tokens: the answers where there are some, else the prompts scored as answers."""
-    rows = [(e.prompt_ids, c.ids) for e in examples for c in e.completions] or [
-        (e.prompt_ids[:1], e.prompt_ids[1:] or e.prompt_ids) for e in examples
-    ]
-    pieces = []
-    for prompt, answer in rows:
-        ids, exists = torch.tensor([answer]), torch.ones(1, len(answer), dtype=torch.bool)
-        prompts = torch.tensor([prompt])
-        pieces.append(
-            Batch(
-                prompts,
-                torch.ones_like(prompts, dtype=torch.bool),
-                ids,
-                exists,
-                exists,
-                torch.zeros(1, dtype=torch.long),
-            )
-        )
-    return Batch.concat(pieces).to(trainer.device)

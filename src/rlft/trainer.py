@@ -20,11 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import _guard, _state, display, evaluate, setup
+from rlft import (
+    _controllers,
+    _correction,
+    _first_step,
+    _guard,
+    _micro,
+    _ref_cache,
+    _selfcheck,
+    _state,
+    _watchdog,
+    display,
+    evaluate,
+    online,
+    setup,
+)
+from rlft._failpoint import instant
+from rlft._meter import Meter
 from rlft.config import Config
 from rlft.errors import Interrupted, TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.objective import Objective
+from rlft.rewards import RewardError
 from rlft.rollout import fold_seed
 from rlft.schedule import learning_rate
 from rlft.types import Batch
@@ -45,6 +62,8 @@ class Trainer:
         eval_dataset: the same, held out.
         processing_class: the tokenizer; default: the one beside the model.
         reward_funcs: functions with TRL's signature, names, or folders. Giving some makes the run online.
+        judge: a reward function that also takes ``opponents``, one other answer for each completion, and returns the
+            probabilities that the completions beat them; default ``args.judge``. Makes the run online.
         peft_config: LoRA settings (``peft.LoraConfig``, ``LoraSettings`` or a mapping); adapters are added to the model.
         ref_model: reference; default: the policy as it was passed.
         sampler: a :class:`~rlft.rollout.Sampler`; default by ``args.sampler``.
@@ -68,6 +87,7 @@ class Trainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         reward_funcs: Any = None,
+        judge: Any = None,
         peft_config: Any = None,
         ref_model: Any = None,
         sampler: Any = None,
@@ -84,6 +104,7 @@ class Trainer:
             eval_dataset=eval_dataset,
             tokenizer=processing_class,
             reward_funcs=reward_funcs,
+            judge=judge,
             peft_config=peft_config,
             ref_model=ref_model,
             sampler=sampler,
@@ -93,12 +114,23 @@ class Trainer:
         self.model, self.optimizer = parts.model, parts.optimizer
         self.train_data, self.eval_data = parts.train_data, parts.eval_data
         self.rewards, self.sampler, self.replay = parts.rewards, parts.sampler, parts.replay
+        self.judge, self.opponent = parts.judge, parts.players.opponent
+        self.average, self.baseline = parts.players.average, parts.players.baseline
         self.plan, self.own_schedule = parts.plan, optimizers[0] is None
+        self.kl_control = _controllers.make(self)
+        self.objective = _correction.apply(self)
         self.source = setup.source(self)
+        self.trust_step = setup.trust_step(self)
         self.callbacks = list(callbacks)
         self.step = 0
         self.tokens_seen = 0
         self.unscored_steps = 0
+        self.nonfinite_steps = 0
+        self.sampler_fault: str | None = None
+        self.sampler_agrees: bool | None = None  # its log-probs with the policy's; None: not yet compared
+        self.meter = Meter(self.device)
+        self.ref_logps = _ref_cache.RefLogps()
+        self.first_step: _first_step.FirstStep | None = None
         self.equal_steps = 0
         self.all_masked = False
         self.told: set[str] = set()
@@ -109,13 +141,13 @@ class Trainer:
         self.metrics: MetricSums = MetricSums()
         self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", enabled=False)
         self._signalled: int | None = None
-        self._boundary: _state.Light | None = None
+        self._boundary: _state.Light | None = None  # None: the present state is one
 
     # -- where this process stands ----------------------------------------------------------------------------------
     @property
     def online(self) -> bool:
         """Whether answers are sampled during training."""
-        return self.rewards is not None
+        return self.rewards is not None or self.judge is not None
 
     @property
     def device(self) -> torch.device:
@@ -158,21 +190,25 @@ class Trainer:
             if self.is_main:
                 display.start(self, resumed=offset is not None)
             if self.finished:
+                _state.export(self, again=False)  # the run may have been killed between its last checkpoint and this
                 display.say(self, f"this run is complete ({self.step} steps); nothing to do")
                 return {}
             self.metrics_log = _state.open_log(self, offset)
-            self._boundary = _state.light(self)
-            if self.config.self_checks and offset is None:
-                setup.self_check(self)
+            if offset is None:
+                _state.seed(self)
+            self._boundary = None
+            if offset is None:
+                _selfcheck.before(self)
+                self.first_step = _first_step.watch(self)
+            self.meter.start(self)
             try:
                 last = self._loop()
-            except Interrupted:
-                _state.save_boundary(self)
+            except Exception as error:
+                _guard.lost_peer(self, error)
+                # on several processes one alone cannot save: an error of its own reaches the others as a lost peer
+                if isinstance(error, Interrupted) or (isinstance(error, RewardError) and self.world_size == 1):
+                    _state.save_boundary(self)
                 raise
-            if self.config.report and self.is_main:
-                from rlft.report import write_report
-
-                write_report(self.run_dir, self.run_dir / "report.html")
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self._call("end", last)
@@ -181,6 +217,7 @@ class Trainer:
 
     def _loop(self) -> dict[str, float]:
         last: dict[str, float] = {}
+        self.ref_logps = _ref_cache.prepare(self)
         if self._evaluation_due():
             last |= self._evaluate_and_log()
         with display.progress(self) as bar:
@@ -207,15 +244,18 @@ class Trainer:
         started = time.perf_counter()
         values = self.train_step()
         self.step += 1
-        if self.config.sync_ref_model and self.step % self.config.ref_model_sync_steps == 0:
-            self.policy.update_reference(self.config.ref_model_mixup_alpha)
+        values |= _controllers.after_step(self)
+        online.move_reference(self)
+        if self.average is not None:
+            self.average.update()
         values |= {"step_time": time.perf_counter() - started, "num_tokens": float(self.tokens_seen)}
         if self.step % self.config.logging_steps == 0 or self.step == self.plan.total_steps:
             values = self._flush_metrics() | values
             self.log(values)
+            online.watch_flips(self, values)
+        self._boundary = None  # the weights have moved: from here to the next step the present state is the boundary
         self._call("step", values)
         if self._evaluation_due():
-            self._boundary = _state.light(self)
             values |= self._evaluate_and_log()
         if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.plan.total_steps:
             _state.save(self)
@@ -225,26 +265,43 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
         with _guard.explained(self):
-            micro_batches = self._equal_counts(self.source.next(self.step))
+            with instant("train.batch"):
+                micro_batches = self.source.next(self.step)
+            _watchdog.verdict(self)
             denominators = self.count(micro_batches)
+            if self.first_step is not None:
+                self.first_step.counted(micro_batches, denominators)
+            micro_batches = self._equal_counts(_micro.without_idle_rows(self, micro_batches))
             update = self._anything_to_learn(denominators)
             started = time.perf_counter()
+            if self.trust_step is not None and update:
+                micro_batches = self.trust_step.begin(micro_batches)
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with (
+                    contextlib.nullcontext() if last else self.accelerator.no_sync(self.model),
+                    instant("train.backward"),
+                    self.meter.phase("forward_backward"),
+                ):
                     part = self.compute_loss(batch, denominators)
+                    _micro.note_layout(self, batch)
                     # DistributedDataParallel averages gradients over processes; the denominators are global already
                     self.accelerator.backward(part * self.world_size)
                 loss += part.detach().double()
             loss = self.accelerator.reduce(loss, reduction="sum")
+        if self.first_step is not None:
+            self.first_step.before_update()
         norm = self.optimizer_step(float(loss), update=update)
-        return {
-            "loss": float(loss),
-            "grad_norm": norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "update_time": time.perf_counter() - started,
-        }
+        moved = update and norm > 0 and _finite(norm) and self.optimizer.param_groups[0]["lr"] > 0
+        if self.first_step is not None and self.first_step.after_update(moved=moved):
+            self.first_step = None
+        values = {"loss": float(loss), "grad_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if self.trust_step is not None and not self.trust_step.of_critic:
+            del values["learning_rate"]
+        if self.config.max_nonfinite_steps:
+            values["nonfinite_steps"] = float(self.nonfinite_steps)
+        return values | {"update_time": time.perf_counter() - started}
 
     def count(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Denominators of every loss term over all micro-batches and processes, before the first backward pass."""
@@ -267,9 +324,15 @@ class Trainer:
             A scalar; its sum over micro-batches and processes is the step's loss.
         """
         outputs = self.forward(batch, self._wanted(batch))
+        if self.first_step is not None:
+            self.first_step.saw(batch, outputs)
+        if (loss := _guard.poisoned(self, outputs, batch)) is not None:
+            return loss
         loss, results = self.objective.compute(outputs, batch, denominators)
         for result in results:
             self.metrics.add_output(result, batch.mask)
+        _controllers.observe(self, batch, outputs, results)
+        _correction.record(self, batch, outputs)
         if "entropy" in outputs:
             self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
         return loss
@@ -307,17 +370,21 @@ class Trainer:
             The gradient norm before clipping.
 
         Raises:
-            TrainingError: when loss, gradient or an updated weight is not finite; nothing was applied.
+            TrainingError: when loss, gradient or an updated weight is not finite, more often than
+                ``max_nonfinite_steps``; nothing was applied.
         """
-        limit = self.config.max_grad_norm
+        # a trust-region step has the length that its KL allows; it clips the critic's gradient itself
+        limit = self.config.max_grad_norm if self.trust_step is None else None
         norm = float(
             self.accelerator.clip_grad_norm_(self.model.parameters(), limit if limit is not None else float("inf"))
         )
         if not (_finite(loss) and _finite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
+            if _guard.skips(self, f"loss={loss}, gradient norm={norm}"):
+                return norm
             raise TrainingError(
                 f"step {self.step + 1}: loss={loss}, gradient norm={norm}; the step was not applied and the weights are "
-                f"those of step {self.step}. Lower learning_rate (now {self.config.learning_rate:g}), or look at the batch: "
+                f"those of step {self.step}. {self._smaller_step()}, or look at the batch: "
                 f"rewards and log-probs must be finite"
             )
         if update:
@@ -331,9 +398,11 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         """The optimizer's step; one that leaves a weight that is not finite is taken back."""
-        undo = _guard.undo_for(self.optimizer, norm)
+        undo = _guard.undo_for(self.optimizer, norm) if self.trust_step is None else _guard.Undo(self.optimizer)
         try:
-            with _guard.explained(self):
+            with _guard.explained(self), instant("train.optimizer"), self.meter.phase("optimizer"):
+                if self.trust_step is not None:
+                    self.trust_step.apply()
                 self.optimizer.step()
         except BaseException:
             if undo is not None:
@@ -345,13 +414,21 @@ class Trainer:
         if undo is not None:
             undo.back()
         self.optimizer.zero_grad(set_to_none=True)
+        if undo is not None and _guard.skips(self, f"the update left {bad} not finite"):
+            return
         state = (
             f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
         )
         raise TrainingError(
-            f"step {self.step + 1}: the update left {bad} not finite; {state}. Lower learning_rate (now "
-            f"{self.optimizer.param_groups[0]['lr']:g}); the newest checkpoint is intact: the same command resumes from it"
+            f"step {self.step + 1}: the update left {bad} not finite; {state}. {self._smaller_step()}; "
+            f"the newest checkpoint is intact: the same command resumes from it"
         )
+
+    def _smaller_step(self) -> str:
+        """What to change where steps are too large."""
+        if self.trust_step is not None and not self.trust_step.of_critic:
+            return f"Lower max_kl (now {self.trust_step.region.max_kl:g})"
+        return f"Lower learning_rate (now {self.optimizer.param_groups[0]['lr']:g})"
 
     def _rate(self, step: int) -> float:
         c = self.config
@@ -371,8 +448,6 @@ class Trainer:
             indices: examples of the training data.
             step: optimizer steps taken. The seed comes from the number of generations so far and the rank.
         """
-        from rlft import online
-
         seed = fold_seed(self.config.seed, rank=self.rank, step=self.rollouts)
         self.rollouts += 1
         return online.rollout(self, [self.train_data.examples[i] for i in indices], seed=seed)
@@ -390,14 +465,10 @@ class Trainer:
         Returns:
             A :class:`rlft.rewards.RewardOutput`, one row per completion.
         """
-        from rlft import online
-
         return online.score(self, examples, completions, completion_ids)
 
     def prepare(self, batch: Batch) -> Batch:
         """Fill in what must be known before the first forward pass: old and reference log-probs, values, advantages."""
-        from rlft import online
-
         return self.objective.prepare(online.fill_constants(self, batch))
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
@@ -433,8 +504,6 @@ class Trainer:
         else:
             return
         if stop:
-            if boundary:
-                self._boundary = _state.light(self)
             raise Interrupted(self.step)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
@@ -464,16 +533,15 @@ class Trainer:
             raise TrainingError(
                 f"step {self.step + 1}: process {self.rank} has no examples; use a larger dataset or fewer processes"
             )
-        blank = batches[0].replace(mask=torch.zeros_like(batches[0].mask))
-        return batches + [blank] * (int(counts.max()) - len(batches))
+        return batches + [_micro.blank(batches[0])] * (int(counts.max()) - len(batches))
 
     def _flush_metrics(self) -> dict[str, float]:
         values = setup.gather_metrics(self.accelerator, self.metrics)
         self.metrics = MetricSums()
-        return values
+        return values | self.meter.flush(self)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        with _guard.explained(self, "per_device_eval_batch_size"):
+        with _guard.explained(self, "per_device_eval_batch_size"), self.meter.phase("evaluate"):
             values = self.evaluate()
         self.log(values)
         self.evaluated_at = self.step

@@ -69,6 +69,8 @@ class Batch:
         rewards: ``[B]`` sequence rewards, NaN where unscored.
         old_logps: ``[B, T]`` log-probs under the policy that sampled.
         ref_logps: ``[B, T]`` log-probs under the reference.
+        ref_states: ``[B, T, D]`` the reference's hidden states that predict each token, kept where exact KL is asked for
+            more than once.
         advantages: ``[B]`` or ``[B, T]``.
         values: ``[B, T]`` the critic's values when the batch was sampled.
         returns: ``[B, T]`` regression targets of the critic.
@@ -88,6 +90,7 @@ class Batch:
     rewards: Float[Tensor, " B"] | None = None
     old_logps: Float[Tensor, "B T"] | None = None
     ref_logps: Float[Tensor, "B T"] | None = None
+    ref_states: Float[Tensor, "B T D"] | None = None
     advantages: Float[Tensor, "..."] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
@@ -107,6 +110,11 @@ class Batch:
             tensor = getattr(self, name)
             if tensor is not None:
                 _check.rows(self.completion_ids, count_name="completion_ids", **{name: tensor})
+        if self.ref_states is not None and self.ref_states.shape[:-1] != self.completion_ids.shape:
+            raise ValueError(
+                f"ref_states must be [B, T, D] with [B, T] = {list(self.completion_ids.shape)}, got "
+                f"{list(self.ref_states.shape)}"
+            )
         if self.advantages is not None:
             _check.tokens_or_rows(self.completion_ids, advantages=self.advantages)
         for name, tensor in self._row_tensors().items():
@@ -218,7 +226,8 @@ class Batch:
         prompt_width = max(b.prompt_ids.shape[1] for b in batches)
 
         def pad(tensor: Tensor, size: int, fill: float | bool) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, size - tensor.shape[1]), value=fill)
+            after = (0, 0) * (tensor.ndim - 2)  # pad counts dimensions from the last one
+            return torch.nn.functional.pad(tensor, (*after, 0, size - tensor.shape[1]), value=fill)
 
         merged: dict[str, Any] = {
             "prompt_ids": torch.cat([pad(b.prompt_ids, prompt_width, pad_id) for b in batches]),
@@ -259,6 +268,6 @@ class Batch:
 
     def _row_tensors(self) -> dict[str, Tensor]:
         """Every optional per-row tensor that is present, by name, extras included."""
-        optional = ("rewards", "old_logps", "ref_logps", "advantages", "values", "returns", "labels")
+        optional = ("rewards", "old_logps", "ref_logps", "ref_states", "advantages", "values", "returns", "labels")
         present = {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         return {**present, **self.extras}

@@ -162,6 +162,7 @@ CASES = [
     Case("kl_policy_gradient_exact", BETA, learned=LOGPS_AND_KL),
     *_advantages("ppo_clip", clip_eps=0.2),
     Case("ppo_clip", {"clip_eps": 0.2, "clip_eps_high": 0.28, "dual_clip": 3.0}),
+    *_advantages("trpo"),
     Case("value_loss", learned=frozenset({"values"})),
     Case("value_loss", {"clip_eps": 0.2}, learned=frozenset({"values"})),
     *_advantages("grpo", clip_eps=0.2, beta=0.04),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlft import losses
 from rlft.worlds import expected_loss
+from tests.losses.cases import CASES
 from tests.losses.enumeration import Setting, early_eos, small
 from tests.losses.test_agro import BETA, EXACT, IDS, LOGPS, MASK, OFF, REF, REWARDS, TOKEN_KL, golden, rows, table
 
@@ -283,3 +284,40 @@ def test_per_token_at_different_lengths_has_another_optimum() -> None:
         s.logits = logits.clone().requires_grad_()
         found = s.expected(losses.agro_off_policy_per_token, 2, behaviour=s.behaviour)
         assert (found.abs().max() < 1e-12) == zero
+
+
+@pytest.mark.parametrize(
+    "name", ["agro_on_policy", "agro_on_policy_lr_token", "agro_on_policy_lr_kl", "agro_on_policy_lr_moments"]
+)
+def test_the_unbiased_baseline_needs_three_scored_answers(name: str) -> None:
+    """A group of three with two scores has no unbiased baseline: the term is that of "none", or nothing."""
+    case = next(case for case in CASES if case.name == name)
+    tensors = {n: t[:3].clone() for n, t in case.inputs().items()}
+    tensors["group_ids"], tensors["mask"] = torch.zeros(3).long(), torch.ones(3, 4).bool()
+    tensors["rewards"] = torch.tensor([1.0, -2.0, torch.nan], dtype=torch.float64)
+
+    def gradient(**hyper) -> torch.Tensor:
+        leaves = {n: t.clone().requires_grad_(n == "logps") for n, t in tensors.items()}
+        case.fn(*leaves.values(), beta=0.3, **hyper).mean().backward()
+        return leaves["logps"].grad
+
+    unbiased = gradient(lr_coef=1.0, lr_baseline="unbiased")
+    other = {"lr_coef": 0.0} if name == "agro_on_policy" else {"lr_coef": 1.0, "lr_baseline": "none"}
+    torch.testing.assert_close(unbiased, gradient(**other), rtol=1e-13, atol=1e-15)
+    assert (gradient(lr_coef=0.0) - gradient(lr_coef=1.0)).abs().max() > 0.1
+
+
+def test_one_negative_weight_is_enough_to_refuse() -> None:
+    weights = torch.tensor([0.5, 0.0, -0.25], dtype=F64)
+    with pytest.raises(ValueError, match=r"weights must be >= 0, got -0\.25"):
+        losses.agro_off_policy_weighted(LOGPS, REF, weights, REWARDS, IDS, MASK, beta=BETA)
+    losses.agro_off_policy_weighted(LOGPS, REF, weights.abs(), REWARDS, IDS, MASK, beta=BETA)
+
+
+def test_an_unscored_row_may_be_far_from_the_policy_that_sampled() -> None:
+    old, rewards = LOGPS.detach().clone(), REWARDS.clone()
+    old[0], rewards[0] = -1e4, torch.nan
+    output = losses.agro_off_policy_cv(LOGPS, old, REF, rewards, IDS, MASK, beta=BETA)
+    assert output.loss.isfinite().all()
+    with pytest.raises(ValueError, match="overflows"):
+        losses.agro_off_policy_cv(LOGPS, old, REF, REWARDS, IDS, MASK, beta=BETA)

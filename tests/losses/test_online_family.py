@@ -32,6 +32,7 @@ def one_token(ratio: float, loss, advantage: float = 1.0, **hyper) -> tuple[floa
 
 
 FRESH = [
+    (losses.trpo, {}),
     (losses.ppo_penalty, {"beta": 0.5}),
     (losses.gspo_token, {"clip_eps": 0.2}),
     (losses.cispo, {"clip_eps_high": 0.2}),
@@ -356,3 +357,92 @@ def test_reward_regression_and_labels_by_hand() -> None:
     assert output.metrics["accuracy"].tolist() == [[1, 1]]
     with pytest.raises(ValueError, match=r"step_labels must lie in \[0, 1\], got 3"):
         losses.process_reward(values, torch.tensor([[1.0, 3.0]], dtype=F64), torch.ones(1, 2).bool())
+
+
+def test_importance_weights_at_their_bounds() -> None:
+    old, mask = torch.zeros(1, 4, dtype=F64), torch.ones(1, 4).bool()
+    ratio = torch.tensor([[2.0, 2.5, 1.0, 0.5]], dtype=F64)
+    sampler = -torch.tensor([[math.log(r) for r in ratio[0].tolist()]], dtype=F64).abs()
+    old[0, 3] = sampler[0, 3]  # the last token has the ratio 1/2
+    sampler[0, 3] = 0.0
+    common = {"level": "token", "mode": "mask"}
+    kept = importance_weights(old, sampler, mask, cap=2.0, floor=1.0, **common)
+    torch.testing.assert_close(kept, torch.tensor([[2.0, 0, 1, 0]], dtype=F64), **TIGHT)  # both bounds are inside
+    small = importance_weights(old, sampler, mask, cap=0.5, **common)
+    torch.testing.assert_close(small, torch.tensor([[0, 0, 0, 0.5]], dtype=F64), **TIGHT)
+    for cap in (0.0, -1.0):
+        with pytest.raises(ValueError, match="cap must be > 0"):
+            importance_weights(old, sampler, mask, cap=cap, floor=0.0, **common)
+    with pytest.raises(ValueError, match="mode must be one of truncate, mask"):
+        importance_weights(old, sampler, mask, cap=1.0, level="token", mode="cut")
+
+
+def test_nash_md_takes_certain_wins_and_leaves_unanswered_rows_out_of_the_metrics() -> None:
+    logps, _, ref, _, mask = tokens()
+    rates = torch.tensor([0.0, 1.0, math.nan, 0.5], dtype=F64)
+    metrics = losses.nash_md_pg(logps, ref, rates, mask, beta=0.3).metrics
+    assert metrics["win_rate"].tolist() == [0, 1, 0, 0.5]
+    assert metrics["kl"][2].eq(0).all()
+    assert metrics["objective/kl"][2] == 0
+    assert metrics["kl"][1].abs().sum() > 0
+
+
+def test_one_negative_baseline_is_enough_to_refuse() -> None:
+    logps, _, ref, _, mask = tokens()
+    baseline, labels = torch.tensor([0.1, -0.1, 0.2, 0.3], dtype=F64), torch.tensor([True, False, True, False])
+    with pytest.raises(ValueError, match=r"kl_baseline must be >= 0, got -0\.1"):
+        losses.kto(logps, ref, labels, baseline, mask, beta=0.1)
+    for edge in (torch.zeros(4, dtype=F64), baseline.abs()):
+        losses.kto(logps, ref, labels, edge, mask, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (5.0, -0.5, 1.5, 0.0),  # bounded by 3 A
+        (2.0, -0.5, 1.0, 1.0),  # below that bound, and never clipped from above
+        (5.0, 0.5, -0.6, 0.0),  # the bound is for A < 0 alone
+        (1.1, 0.5, -0.55, -0.55),
+        (5.0, -3.0, 9.0, 0.0),
+        (5.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, value: float, slope: float) -> None:
+    found = one_token(ratio, losses.ppo_clip, advantage, clip_eps=0.2, dual_clip=3.0)
+    assert found == pytest.approx((value, slope), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_a_token_without_advantage_is_not_clipped(ratio: float) -> None:
+    leaf, mask = torch.full((1, 1), -1.0, dtype=F64), torch.ones(1, 1).bool()
+    for dual_clip in (None, 3.0):
+        output = losses.ppo_clip(leaf, leaf - math.log(ratio), torch.zeros(1, dtype=F64), mask, clip_eps=0.2, dual_clip=dual_clip)
+        for name in ("low", "high", "region"):
+            assert output.metrics[f"clip_ratio/{name}"].item() == 0
+
+
+def test_reward_ranking_row_by_row() -> None:
+    """Row 0 beats 1 and 2, row 1 beats 2: each carries its own wins, times 3 answers over 3 pairs; ties are not right."""
+    scores, rewards = torch.tensor([0.5, 0.5, -1.0], dtype=F64), torch.tensor([3.0, 2.0, 1.0], dtype=F64)
+    output = losses.reward_ranking(scores, rewards, torch.zeros(3).long(), torch.ones(3, 1).bool())
+    far = math.log1p(math.exp(-1.5))
+    assert output.loss.tolist() == pytest.approx([math.log(2) + far, far, 0], rel=1e-13)
+    assert output.metrics["accuracy"][:2].tolist() == [0.5, 1]
+    assert output.metrics["accuracy"][2].isnan()
+
+
+def test_reward_binary_and_process_reward_by_hand() -> None:
+    """Scores 0.5, -1, 0, 0 for labels good, bad, good, bad: a score of zero says bad."""
+    scores, labels = torch.tensor([0.5, -1.0, 0.0, 0.0], dtype=F64), torch.tensor([True, False, True, False])
+    loss = [math.log1p(math.exp(-0.5)), math.log1p(math.exp(-1.0)), math.log(2), math.log(2)]
+    binary = losses.reward_binary(scores, labels, torch.ones(4, 2).bool())
+    assert binary.loss.tolist() == pytest.approx(loss, rel=1e-13)
+    assert binary.metrics["accuracy"].tolist() == [1, 1, 0, 1]
+    wide, mask = scores[None], torch.ones(1, 4).bool()
+    steps = losses.process_reward(wide, labels[None].double(), mask)
+    assert steps.loss[0].tolist() == pytest.approx(loss, rel=1e-13)
+    half = losses.process_reward(wide, torch.full((1, 4), 0.5, dtype=F64), mask)  # a label of one half says bad
+    assert half.metrics["accuracy"].tolist() == [[0, 1, 1, 1]]
+    for bad in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"step_labels must lie in \[0, 1\]"):
+            losses.process_reward(wide, torch.tensor([[0.5, bad, 0.0, 1.0]], dtype=F64), mask)

@@ -39,6 +39,8 @@ def test_metrics_are_implicit_rewards() -> None:
     assert metrics["rewards/accuracies"].tolist() == [1, 0, 1]
     assert metrics["logps/chosen"].tolist() == CHOSEN.tolist()
     assert metrics["logps/rejected"].tolist() == REJECTED.tolist()
+    tied = losses.dpo(CHOSEN, CHOSEN, REF_CHOSEN, REF_CHOSEN, beta=0.1).metrics
+    assert tied["rewards/accuracies"].tolist() == [0, 0, 0]  # a tie is not a win
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])

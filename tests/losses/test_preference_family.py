@@ -286,10 +286,11 @@ def test_orpo_is_accurate_at_both_ends_and_finite_or_refused_at_certainty() -> N
 
 
 def test_log1mexp_and_its_gradient() -> None:
-    x = torch.tensor([-1e-12, -1e-6, -0.3, -math.log(2), -1.0, -30.0, -700.0], dtype=F64, requires_grad=True)
+    # exp(-1e-17) rounds to 1
+    x = torch.tensor([-1e-300, -1e-17, -1e-12, -1e-6, -0.3, -math.log(2), -1.0, -30.0, -700.0], dtype=F64, requires_grad=True)
     found = _base.log1mexp(x)
     expected = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x.tolist()]
-    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+    assert found.tolist() == pytest.approx(expected, rel=1e-14, abs=0)  # far down the result is tiny itself
     found.sum().backward()
     assert x.grad.tolist() == pytest.approx([math.exp(v) / math.expm1(v) for v in x.tolist()], rel=1e-12)
 
@@ -429,3 +430,14 @@ def test_unlikelihood_is_bounded_at_certainty() -> None:
     assert 0 < leaf.grad.item() <= 1e3
     with pytest.raises(ValueError, match="eps must be < 1"):
         losses.unlikelihood(leaf, torch.tensor([False]), torch.ones(1, 1).bool(), eps=1.0)
+
+
+def test_orpo_at_certainty_names_the_tensor_and_forgives_rounding() -> None:
+    one, even = torch.ones(2).long(), torch.tensor([-0.7, -0.7], dtype=F64)
+    certain = torch.tensor([-0.7, 0.0], dtype=F64)  # the second of two
+    for pair, name in (((certain, even), "chosen_logps"), ((even, certain), "rejected_logps")):
+        with pytest.raises(ValueError, match=rf"^{name} is 0 at \[1\]"):
+            losses.orpo(*pair, one, one, beta=1.0, eps=0.0)
+    above = torch.tensor([-0.7, 5e-5], dtype=F64)  # a sum of rounded log-probs
+    found, at = (losses.orpo(chosen, even, one, one, beta=1.0).metrics["log_odds_chosen"] for chosen in (above, certain))
+    torch.testing.assert_close(found, at, **TIGHT)

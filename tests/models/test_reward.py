@@ -17,7 +17,16 @@ from rlft.models import (
     load_sequence_classifier,
 )
 from tests.models.oracle import batch, close, perturb, row_ids
-from tests.tiny import EOS_ID, char_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
+from tests.tiny import (
+    EOS_ID,
+    char_tokenizer,
+    random_batch,
+    tiny_gemma2,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+)
 
 FAMILIES = [tiny_llama, tiny_qwen2, tiny_mistral, tiny_gemma2, tiny_gpt2]
 
@@ -193,3 +202,41 @@ def test_unfit_reward_models_are_refused(tmp_path: Path) -> None:
         ModelReward(classifier(), tokenizer, batch_size=0)
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         ModelReward(classifier(), tokenizer)(["a", "b"], ["c"])
+
+
+# -- the shared layout ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2])
+def test_both_layouts_give_the_same_scores_and_gradients(build) -> None:
+    data = random_batch(groups=4, per_group=3, prompt_lengths=(3, 14), lengths=(1, 6), seed=2)
+    empty = data.completion_mask.clone()
+    empty[4] = False  # an answer of no token is scored at the end of its prompt
+    for rows in (data, data.replace(completion_mask=empty, mask=empty)):
+        model = classifier(build, dtype=torch.float64)
+        found = []
+        for layout in ("padded", "shared"):
+            scorer = RewardScorer(model, layout=layout)
+            scores = scorer(rows)["scores"]
+            (scores * torch.arange(1.0, 13.0, dtype=torch.float64)).sum().backward()
+            found.append((scores, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+            model.zero_grad()
+            tokens = int(rows.prompt_mask.sum() + rows.completion_mask.sum())
+            assert (scorer.layout_used.computed == tokens) is (layout == "shared")
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
+        for name, grad in found[0][1].items():
+            torch.testing.assert_close(grad, found[1][1][name], rtol=1e-9, atol=1e-11)
+
+
+def test_answers_of_one_prompt_are_scored_with_it_once() -> None:
+    prompts = [
+        p
+        for p in ("a long question about nothing much, ", "another one, not shorter than the first: ")
+        for _ in range(4)
+    ]
+    answers = ["yes", "yes", "no", "no way", "perhaps", "", "p", "perhaps not"]
+    order = [5, 0, 3, 7, 1, 4, 2, 6]
+    model, tokenizer = classifier(), char_tokenizer(add_bos=True)
+    reward = ModelReward(model, tokenizer)
+    texts = [[*tokenizer(p + a)["input_ids"], EOS_ID] for p, a in zip(prompts, answers, strict=True)]
+    got = reward([prompts[i] for i in order], [answers[i] for i in order])
+    assert got == pytest.approx([text_scores(model, tokenizer, texts)[i] for i in order], rel=1e-5)
+    assert reward.scorer.layout_used.computed < 0.5 * sum(map(len, texts))

@@ -411,5 +411,5 @@ def test_the_critics_own_trunk_and_nothing_to_score() -> None:
         outs.append(policy(data, want=frozenset({"logps", "values"})))
         nothing = data.replace(completion_mask=data.completion_mask & False, mask=data.mask & False)
         assert not policy(nothing, want=LOGPS)["logps"].any()
-    assert torch.equal(outs[0]["values"], outs[1]["values"])
+    close(outs[1]["values"], outs[0]["values"], 1e-6)
     close(outs[1]["logps"], outs[0]["logps"], 2e-5)

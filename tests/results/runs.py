@@ -38,7 +38,16 @@ needs_data = pytest.mark.skipif(
 )
 
 
-def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also: Any = None) -> dict[str, Any]:
+def stage(
+    name: str,
+    folder: Path,
+    seed: int,
+    *,
+    start: str | None = None,
+    also: Any = None,
+    run: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Run ``configs/<name>.yaml`` to its end.
 
     Args:
@@ -47,6 +56,8 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
         seed: replaces the configuration's.
         start: the run in ``folder`` whose model this one starts from.
         also: further rows to evaluate on, before and after training.
+        run: the name of the run's folder, where it is not the configuration's.
+        settings: that replace the configuration's.
 
     Returns:
         ``first`` and ``last``: the evaluations before and after training (``first`` is None where there was none);
@@ -59,7 +70,8 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
 
     os.environ.setdefault("RLFT_DATA", str(DATA))
     values = load_config(CONFIGS / f"{name}.yaml").to_dict()
-    values |= {"seed": seed, "output_dir": str(folder / name), "report_to": [], "disable_tqdm": True}
+    target = folder / (run or name)
+    values |= settings | {"seed": seed, "output_dir": str(target), "report_to": [], "disable_tqdm": True}
     if start is not None:
         values["model"] = str(folder / start / "model")
     wall, cpu = time.perf_counter(), time.process_time()
@@ -67,7 +79,7 @@ def stage(name: str, folder: Path, seed: int, *, start: str | None = None, also:
     also_first = trainer.evaluate(also) if also else {}
     last = trainer.train()
     also_last = trainer.evaluate(also) if also else {}
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
     sampled = [line["reward"] for line in lines if "reward" in line]
@@ -133,18 +145,25 @@ def polite_pairs(folder: Path, seed: int) -> dict[str, Any]:
     return record
 
 
-ONLINE = ("agro", "rloo", "grpo")
+#: Row of the table -> the configuration, and what differs from it.
+ONLINE: dict[str, tuple[str, dict[str, Any]]] = {
+    "rloo": ("rloo", {}),
+    "agro": ("agro", {}),
+    "grpo": ("grpo", {}),
+    "grpo_2": ("grpo", {"num_iterations": 2, "max_steps": 320, "eval_steps": 160}),
+}
 
 
 def word_problems(folder: Path, seed: int) -> dict[str, Any]:
-    """SFT on a quarter of the training rows, then AGRO, RLOO and GRPO on the rest, each from the SFT model."""
+    """SFT on a quarter of the training rows, then RLOO, AGRO and GRPO on the rest, each from the SFT model."""
     seen = {row["prompt"] for row in rows_of("word_problems/train.jsonl")}
     unseen = [row for row in rows_of("word_problems/dev.jsonl") if row["prompt"] not in seen]
     sft = stage("word_problems/sft", folder, seed)
     record: dict[str, Any] = {"seed": seed, "sft": {"loss": sft["last"]["eval_loss"], "seconds": sft["seconds"]}}
     record["unseen_rows"] = len(unseen)
-    for name in ONLINE:
-        run = stage(f"word_problems/{name}", folder, seed, start="word_problems/sft", also=unseen)
+    for name, (config, settings) in ONLINE.items():
+        start, target = "word_problems/sft", f"word_problems/{name}"
+        run = stage(f"word_problems/{config}", folder, seed, start=start, also=unseen, run=target, **settings)
         record["sft"] |= {"all": run["first"]["eval_reward"], "unseen": run["also_first"]["eval_reward"]}
         record[name] = {
             "all": run["last"]["eval_reward"], "unseen": run["also_last"]["eval_reward"],

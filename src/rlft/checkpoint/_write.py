@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from rlft._failpoint import instant
-from rlft._files import Written, hash_file, make_dir, move, remove_file, sync_dir, sync_file, write_file
+from rlft._files import Written, disk_trouble, hash_file, make_dir, move, remove_file, sync_dir, sync_file, write_file
 from rlft._json import dumps, loads
 from rlft.checkpoint._errors import CheckpointError
 from rlft.checkpoint._manifest import MANIFEST, Manifest, check_name, files_in, read_manifest
@@ -29,8 +29,6 @@ from rlft.checkpoint._tensorfile import check_tensors, write_tensors
 __all__ = ["save"]
 
 _SLACK_BYTES = 1 << 20  # manifest, headers, folders
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 T = TypeVar("T")
 
@@ -277,20 +275,4 @@ def _explained(error: Exception, run_dir: Path, step: int, needed: int) -> Check
     """What failed, where, and what to do."""
     start = f"checkpoint of step {step} not written to {run_dir}"
     end = "earlier checkpoints are untouched"
-    if isinstance(error, OSError) and error.errno in _FULL:
-        try:
-            free = f"{shutil.disk_usage(run_dir).free:,}"
-        except OSError:
-            free = "an unknown number of"
-        return CheckpointError(
-            f"{start}: no space left, about {needed:,} bytes needed, {free} bytes free; "
-            f"free some space or keep fewer checkpoints; {end}"
-        )
-    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-        return CheckpointError(f"{start}: {error.strerror}; make the folder writable or choose another; {end}")
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return CheckpointError(
-            f"{start}: a file grew over the limit of this process or file system (about {needed:,} bytes needed); "
-            f"raise `ulimit -f`; {end}"
-        )
-    return CheckpointError(f"{start}: {error}; {end}")
+    return CheckpointError(f"{start}: {disk_trouble(error, run_dir, needed) or error}; {end}")

@@ -212,7 +212,7 @@ def _parquet(path: Path) -> tuple[list[Row], list[str]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 rows += _table_rows(pyarrow.Table.from_batches([batch]), path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise ValueError(f"{path} is no readable parquet file: {error}") from None
     return rows, [f"{path}[{index}]" for index in range(len(rows))]
 
@@ -224,7 +224,24 @@ def _arrow(path: Path) -> tuple[list[Row], list[str]]:
     try:
         with pyarrow.OSFile(str(path)) as source:
             for batch in pyarrow.ipc.open_stream(source):
+                _validate(batch, path)
                 rows += _table_rows(pyarrow.Table.from_batches([batch]), path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no readable Arrow stream: {error}") from None
     return rows, [f"{path}[{index}]" for index in range(len(rows))]
+
+
+def _validate(batch: Any, path: Path) -> None:
+    """Refuse offsets and indices that point outside their buffers: reading such a column can end the process."""
+    import pyarrow
+
+    # Text that is not UTF-8 is dealt with row by row, so plain text columns are looked at as bytes.
+    bytes_of = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate()  # a view of buffers that are too short is not safe either
+            (column.view(bytes_of[column.type]) if column.type in bytes_of else column).validate(full=True)
+        except pyarrow.ArrowException as error:
+            if "UTF8" in str(error):
+                raise ValueError(f"{path}: column {name!r} holds text that is not UTF-8; write it again") from None
+            raise

@@ -102,7 +102,7 @@ def quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(ordered[max(0, -(-len(ordered) * round(q * 100) // 100) - 1)] for q in QUANTILES)
 
 
-def preview(example: Example, tokenizer: Any, *, max_completions: int = 2) -> str:
+def preview(example: Example, tokenizer: Any, *, max_completions: int = 2, colour: bool = True) -> str:
     """An example as a terminal shows it: prompt dim, trained tokens highlighted, masked tokens plain.
 
     Control characters in the text are shown as escapes, so data cannot steer the terminal.
@@ -111,11 +111,13 @@ def preview(example: Example, tokenizer: Any, *, max_completions: int = 2) -> st
         example: what to show.
         tokenizer: decodes its ids; special tokens are shown.
         max_completions: at most this many answers.
+        colour: False puts trained tokens between ``[|`` and ``|]`` instead.
 
     Returns:
         Text with ANSI colours, one line of heading per answer.
     """
-    lines = [f"{_DIM}{_decode(tokenizer, [], example.prompt_ids)}{_RESET}"]
+    dim, trained, reset = (_DIM, _TRAINED, _RESET) if colour else ("", "[|", "|]")
+    lines = [f"{dim}{_decode(tokenizer, [], example.prompt_ids)}{reset if colour else ''}"]
     for number, completion in enumerate(example.completions[:max_completions], 1):
         heading = f"answer {number} of {len(example.completions)}"
         heading += f", {len(completion.ids)} tokens, {sum(completion.mask)} trained"
@@ -128,7 +130,7 @@ def preview(example: Example, tokenizer: Any, *, max_completions: int = 2) -> st
             while end < len(completion.ids) and completion.mask[end] == completion.mask[start]:
                 end += 1
             shown = _decode(tokenizer, [*example.prompt_ids, *completion.ids[:start]], completion.ids[start:end])
-            text += f"{_TRAINED}{shown}{_RESET}" if completion.mask[start] else shown
+            text += f"{trained}{shown}{reset}" if completion.mask[start] else shown
             start = end
         lines.append(f"--- {heading}\n{text}")
     return "\n".join(lines)

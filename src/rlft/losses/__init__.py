@@ -39,6 +39,7 @@ from rlft.losses.rows import ld_dpo, rrhf, unlikelihood
 from rlft.losses.sft import distillation, sft
 from rlft.losses.slic import slic, slic_hf
 from rlft.losses.transport import aot, aot_unpaired
+from rlft.losses.trpo import trpo
 
 __all__ = [
     "agro_off_policy",
@@ -104,6 +105,7 @@ __all__ = [
     "slic",
     "slic_hf",
     "sppo_hard",
+    "trpo",
     "unlikelihood",
     "value_loss",
     "wpo",

@@ -22,7 +22,12 @@ P = ParamSpec("P")
 
 
 def loss_function(
-    *, reduction: Reduction, min_group: int = 1, on_policy_only: bool = False, couples_rows: bool = False
+    *,
+    reduction: Reduction,
+    min_group: int = 1,
+    on_policy_only: bool = False,
+    couples_rows: bool = False,
+    advantage_weighted: bool = False,
 ) -> Callable[[Callable[P, LossOutput]], Callable[P, LossOutput]]:
     """Mark a loss with what a trainer must know before the forward pass; the function itself is unchanged.
 
@@ -31,14 +36,19 @@ def loss_function(
         min_group: how many rows of one prompt the loss needs.
         on_policy_only: True = biased on tokens that the current policy did not sample.
         couples_rows: True = compares rows of different prompts, so that a batch cannot be split at all.
+        advantage_weighted: True = a row whose advantages are 0 has no loss and no gradient (where a ``beta`` is 0).
 
     Returns:
-        a decorator that sets ``fn.reduction``, ``fn.min_group``, ``fn.on_policy_only`` and ``fn.couples_rows``.
+        a decorator that sets attributes of these names on the function.
     """
 
     def mark(fn: Callable[P, LossOutput]) -> Callable[P, LossOutput]:
         vars(fn).update(
-            reduction=reduction, min_group=min_group, on_policy_only=on_policy_only, couples_rows=couples_rows
+            reduction=reduction,
+            min_group=min_group,
+            on_policy_only=on_policy_only,
+            couples_rows=couples_rows,
+            advantage_weighted=advantage_weighted,
         )
         return fn
 
@@ -55,13 +65,11 @@ def token_logps(mask: Tensor, **logps: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.where(mask, 0.0) for tensor in kept)
 
 
-def token_values(mask: Tensor, *, learned: int = 0, like: Tensor | None = None, **values: Tensor) -> tuple[Tensor, ...]:
+def token_values(mask: Tensor, *, learned: int, like: Tensor | None = None, **values: Tensor) -> tuple[Tensor, ...]:
     """Check ``[B, T]`` numbers that are no log-probs; the first ``learned`` keep their gradient. Zero where masked."""
-    _check.matrix(**values)
+    _check.matrix(**({} if like is None else {"logps": like}), **values)
     (first_name, first), *_ = values.items()
     _check.bool_mask(mask, first, like_name=first_name)
-    if like is not None:
-        _check.same_shape(logps=like, **values)
     _check.finite(mask, **values)
     kept = [_check.upcast(x if i < learned else x.detach()) for i, x in enumerate(values.values())]
     return tuple(tensor.where(mask, 0.0) for tensor in kept)
@@ -83,7 +91,7 @@ def lengths(like: Tensor, **counts: Tensor) -> tuple[Tensor, ...]:
     """Check ``[P]`` token counts, integer or floating, at least 1, and give them the dtype of ``like``."""
     _check.rows(like, count_name="chosen_logps", **counts)
     for name, count in counts.items():
-        if bool((~(count.detach() >= 1)).any()):
+        if bool((~(count >= 1)).any()):
             raise ValueError(
                 f"{name} must be at least 1 token everywhere, got {count.min().item()}; drop pairs with an empty answer"
             )
@@ -141,17 +149,14 @@ def smoothing(label_smoothing: float) -> None:
 
 def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     """``-(1-e) logsigmoid(margin) - e logsigmoid(-margin)``."""
-    loss = -logsigmoid(margin)
-    if label_smoothing == 0.0:
-        return loss
-    return (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-margin)
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
 
 def log1mexp(x: Tensor) -> Tensor:
     """``log(1 - exp(x))`` for x < 0, accurate near zero and far from it; -inf at zero."""
     near = x > -math.log(2)
-    # where() twice: the branch not taken must not put NaN into the gradient.
-    close = (-x.where(near, -0.5).expm1()).log()
+    close = (-x.expm1()).log()
+    # where() before as well: the branch not taken must not put NaN into the gradient where exp(x) rounds to 1.
     far = (-x.where(~near, -1.0).exp()).log1p()
     return close.where(near, far)
 

@@ -49,9 +49,8 @@ class Regularised(NamedTuple):
 
     def output(self, surrogate: Tensor) -> LossOutput:
         """The objective's value with the surrogate's gradient."""
-        carrier = surrogate.where(self.mask, 0.0)
         return LossOutput(
-            loss=self.value + (carrier - carrier.detach()),
+            loss=self.value + (surrogate - surrogate.detach()),
             metrics=self.metrics,
             reduction="sequence_sum",
             mask=self.mask,
@@ -97,7 +96,7 @@ def regularised(
 
 def spread(row_value: Tensor, mask: Tensor) -> Tensor:
     """A number per row, spread evenly over the row's unmasked tokens."""
-    return (row_value / mask.sum(-1).clamp(min=1)).unsqueeze(-1).where(mask, 0.0)
+    return (row_value / mask.sum(-1)).unsqueeze(-1).where(mask, 0.0)
 
 
 @_base.loss_function(reduction="sequence_sum", min_group=2)
@@ -206,8 +205,8 @@ def likelihood_ratio_weights(advantages: Tensor, groups: Groups, baseline: LRBas
     if baseline == "leave_one_out":
         return centred
     # The leave-one-out form is n(n-2)/(n-1)^2 of the term in expectation, exactly.
-    n = groups.count.to(advantages.dtype)
-    return (centred * (n - 1).square() / (n * (n - 2)).clamp(min=1)).where(groups.count >= 3, 0.0)
+    n = groups.count
+    return (centred * (n - 1).square() / (n * (n - 2))).where(n >= 3, 0.0)
 
 
 @_base.loss_function(reduction="sequence_sum", min_group=2, on_policy_only=True)

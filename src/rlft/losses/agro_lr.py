@@ -118,7 +118,7 @@ def agro_on_policy_lr_token(
     _coefficients(beta, lr_coef)
     _check.one_of("square", square, get_args(Square))
     _check.one_of("linear", linear, get_args(Linear))
-    r = _regularised(logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, "agro_on_policy_lr_token")
+    r = _regularised(logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, wanted_by="agro_on_policy_lr_token")
     h, g = _square(r, square), _linear(r, linear)
     return _with_pathwise(r, _expanded(r, h, g, beta, lr_baseline), beta, lr_coef)
 
@@ -172,7 +172,7 @@ def agro_on_policy_lr_kl(
         raise ValueError(
             f"square={square!r} with linear={linear!r} does not use token_kl; call agro_on_policy_lr_token instead"
         )
-    r = _regularised(logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, "agro_on_policy_lr_kl")
+    r = _regularised(logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, wanted_by="agro_on_policy_lr_kl")
     kl, after = _exact_kl(r, logps, token_kl)
     step = kl + after * r.logps  # the surrogate of g3
     if square == "h3":
@@ -230,7 +230,9 @@ def agro_on_policy_lr_moments(
         Tang et al. 2025, arXiv 2503.19612, appendix B.3, every one-step expectation taken.
     """
     _coefficients(beta, lr_coef)
-    r = _regularised(logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, "agro_on_policy_lr_moments")
+    r = _regularised(
+        logps, ref_logps, rewards, group_ids, mask, beta, lr_baseline, wanted_by="agro_on_policy_lr_moments"
+    )
     kl, after = _exact_kl(r, logps, token_kl)
     (moment,) = _base.token_values(r.mask, learned=1, like=logps, token_log_ratio_sq=token_log_ratio_sq)
     constant, cross = moment.detach(), r.log_ratio * after
@@ -253,10 +255,11 @@ def _regularised(
     mask: Tensor,
     beta: float,
     lr_baseline: LRBaseline,
-    name: str,
+    *,
+    wanted_by: str,
 ) -> Regularised:
     _check.one_of("lr_baseline", lr_baseline, ("none", "unbiased"))
-    wanted_by = f"{name} with lr_baseline={lr_baseline!r}"
+    wanted_by = f"{wanted_by} with lr_baseline={lr_baseline!r}"
     min_group = 3 if lr_baseline == "unbiased" else 2
     return regularised(logps, ref_logps, rewards, group_ids, mask, beta, wanted_by=wanted_by, min_group=min_group)
 

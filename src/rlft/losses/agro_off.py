@@ -205,7 +205,7 @@ def agro_off_policy_weighted(
     weights = weights.where(r.groups.member, 0.0)
     if bool((weights < 0).any()):
         raise ValueError(f"weights must be >= 0, got {weights.min().item():.6g}; clamp them before passing them")
-    others = (r.groups.count - 1).clamp(min=1).to(weights.dtype)
+    others = (r.groups.count - 1).clamp(min=1)
     centred = r.groups.centred(r.metrics["objective/rlhf_reward"])
     # sum_j w_j (R_i - R_j)^k for k = 1, 2, from sums over the group; centring first keeps the digits.
     mass, first, second = (r.groups.total(weights * centred**k) for k in range(3))

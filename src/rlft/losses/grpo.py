@@ -15,7 +15,7 @@ from rlft.types import LossOutput
 __all__ = ["grpo"]
 
 
-@_base.loss_function(reduction="sequence_mean")
+@_base.loss_function(reduction="sequence_mean", advantage_weighted=True)
 def grpo(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],

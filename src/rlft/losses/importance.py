@@ -61,7 +61,7 @@ def importance_weights(
     old_logps, sampler_logps = _base.token_logps(mask, old_logps=old_logps.detach(), sampler_logps=sampler_logps)
     log_weights = old_logps - sampler_logps
     if level == "sequence":
-        log_weights = reduce.sequence_sum(log_weights, mask).unsqueeze(-1).where(mask, 0.0)
+        log_weights = reduce.sequence_sum(log_weights, mask).unsqueeze(-1)
     # Bounding the exponent first: exp of what is cut off anyway must not overflow.
     weights = log_weights.clamp(max=math.log(cap)).exp()
     if mode == "truncate":

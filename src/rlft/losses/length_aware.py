@@ -236,8 +236,9 @@ def wpo(
     chosen, rejected, metrics = _base.implicit_rewards(
         beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
-    means = _per_token(_base.detached(chosen_logps), _base.detached(rejected_logps), chosen_lengths, rejected_lengths)
-    weights = (means[0] + means[1]).exp()
+    constants = _base.detached(chosen_logps), _base.detached(rejected_logps)
+    mean_chosen, mean_rejected = _per_token(*constants, chosen_lengths, rejected_lengths)
+    weights = (mean_chosen + mean_rejected).exp()
     metrics["weights"] = weights
     loss = weights * _base.smoothed_logistic(chosen - rejected, label_smoothing)
     return LossOutput(loss=loss, metrics=metrics, reduction="mean")
@@ -245,7 +246,7 @@ def wpo(
 
 def _log_odds(name: str, mean: Tensor, eps: float) -> Tensor:
     shrunk = mean.clamp(max=0.0) + math.log1p(-eps)  # rounding can leave a mean log-prob slightly above zero
-    if eps == 0 and bool((shrunk.detach() >= 0).any()):
+    if eps == 0 and bool((shrunk >= 0).any()):
         where = int((shrunk.detach() >= 0).nonzero()[0])
         raise ValueError(
             f"{name} is {mean[where].item():.3g} at [{where}]: the odds of an answer of probability one overflow "

@@ -12,7 +12,7 @@ from rlft.types import LossOutput
 __all__ = ["ipo_md", "nash_md_pg"]
 
 
-@_base.loss_function(reduction="sequence_sum")
+@_base.loss_function(reduction="sequence_sum", on_policy_only=True)
 def nash_md_pg(
     logps: Float[Tensor, "B T"],
     ref_logps: Float[Tensor, "B T"],
@@ -53,7 +53,7 @@ def nash_md_pg(
     _probabilities("win_rates", win_rates)
     mask = mask & member.unsqueeze(-1)
     log_ratio = (logps.detach() - ref_logps).where(mask, 0.0)
-    advantages = (win_rates - 0.5 - beta * log_ratio.sum(-1)).unsqueeze(-1).where(mask, 0.0)
+    advantages = (win_rates - 0.5 - beta * log_ratio.sum(-1)).unsqueeze(-1)
     metrics = {"kl": log_ratio, "objective/kl": log_ratio.sum(-1), "win_rate": win_rates.where(member, 0.0)}
     return LossOutput(loss=-advantages * logps, metrics=metrics, reduction="sequence_sum", mask=mask)
 

@@ -79,12 +79,13 @@ def p3o(
         clipped = (bound < gain).where(pairs, False)
     else:
         pairs = _pairs(groups)
-        together = (log_ratio.detach().unsqueeze(-1) + log_ratio.detach().unsqueeze(0)).where(pairs, 0.0)
+        own = log_ratio.detach()
+        together = (own[:, None] + own[None, :]).where(pairs, 0.0)
         weight = safe_ratio(together)
         # A pair is met twice, once from each side; each side moves its own answer and holds the other.
         per_pair = weight.clamp(low, high) * _difference(regularised) * answer.unsqueeze(-1)
         clipped = ((weight < low) | (weight > high)) & pairs
-    others = (groups.count - 1).clamp(min=1).to(answer.dtype)
+    others = (groups.count - 1).clamp(min=1)
     loss = -per_pair.where(pairs, 0.0).sum(-1) / others
     metrics = {
         "objective/kl": kl,
@@ -98,7 +99,7 @@ def _pairs(groups: _base.Groups) -> Tensor:
     """``[B, B]`` True for two different members of one group."""
     same = groups.index[:, None] == groups.index[None, :]
     member = groups.member[:, None] & groups.member[None, :]
-    return same & member & ~torch.eye(len(groups.index), dtype=torch.bool, device=same.device)
+    return same & member & ~torch.ones_like(groups.member).diag()
 
 
 def _difference(x: Tensor) -> Tensor:

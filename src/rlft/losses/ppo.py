@@ -13,7 +13,7 @@ from rlft.types import LossOutput
 __all__ = ["ppo_clip", "value_loss"]
 
 
-@_base.loss_function(reduction="token_mean")
+@_base.loss_function(reduction="token_mean", advantage_weighted=True)
 def ppo_clip(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -90,7 +90,7 @@ def value_loss(
         _check.number("clip_eps", clip_eps, low=0.0, open_low=True)
         near = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
         clipped_squared = (near - returns).square()
-        metrics["val/clipfrac"] = (clipped_squared > squared).detach().to(values.dtype)
+        metrics["val/clipfrac"] = (clipped_squared > squared).to(values.dtype)
         squared = torch.maximum(squared, clipped_squared)
     return LossOutput(loss=0.5 * squared, metrics=metrics, reduction="token_mean", mask=mask)
 
@@ -111,8 +111,7 @@ def clipped(
     if dual_clip is not None:
         _check.number("dual_clip", dual_clip, low=1.0, open_low=True)
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
-    seen = ratio.detach()
-    below, above = (seen < low) & (advantages < 0), (seen > high) & (advantages > 0)
+    below, above = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
     metrics = {
         "clip_ratio/low": below.to(logps.dtype),
         "clip_ratio/high": above.to(logps.dtype),

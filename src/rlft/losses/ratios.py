@@ -14,7 +14,7 @@ from rlft.types import LossOutput
 __all__ = ["cispo", "gspo", "gspo_token", "ppo_penalty", "sapo"]
 
 
-@_base.loss_function(reduction="token_mean")
+@_base.loss_function(reduction="token_mean", advantage_weighted=True)
 def ppo_penalty(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -54,7 +54,7 @@ def ppo_penalty(
     return LossOutput(loss=beta * step_kl - ratio * advantages, metrics=metrics, reduction="token_mean", mask=mask)
 
 
-@_base.loss_function(reduction="sequence_mean")
+@_base.loss_function(reduction="sequence_mean", advantage_weighted=True)
 def gspo(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -93,7 +93,7 @@ def gspo(
     return LossOutput(loss=loss, metrics=metrics, reduction="sequence_mean", mask=mask)
 
 
-@_base.loss_function(reduction="sequence_mean")
+@_base.loss_function(reduction="sequence_mean", advantage_weighted=True)
 def gspo_token(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -136,7 +136,7 @@ def _sequence_logps(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return mean.unsqueeze(-1).where(mask, 0.0)
 
 
-@_base.loss_function(reduction="token_mean")
+@_base.loss_function(reduction="token_mean", advantage_weighted=True)
 def cispo(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],
@@ -182,7 +182,7 @@ def cispo(
     return LossOutput(loss=loss, metrics=metrics, reduction="token_mean", mask=mask)
 
 
-@_base.loss_function(reduction="sequence_mean")
+@_base.loss_function(reduction="sequence_mean", advantage_weighted=True)
 def sapo(
     logps: Float[Tensor, "B T"],
     old_logps: Float[Tensor, "B T"],

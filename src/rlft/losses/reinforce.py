@@ -14,7 +14,7 @@ from rlft.types import LossOutput
 __all__ = ["kl_policy_gradient", "kl_policy_gradient_exact", "reinforce", "rloo"]
 
 
-@_base.loss_function(reduction="sequence_sum")
+@_base.loss_function(reduction="sequence_sum", advantage_weighted=True)
 def reinforce(logps: Float[Tensor, "B T"], advantages: Float[Tensor, "B ..."], mask: Bool[Tensor, "B T"]) -> LossOutput:
     """``-sg[A] logp``, summed over a row's tokens.
 
@@ -74,7 +74,7 @@ def rloo(
     rewards, groups, mask = _base.scored_rows(rewards, group_ids, mask, min_group=2, wanted_by="rloo")
     log_ratio = (logps.detach() - ref_logps).where(mask, 0.0)
     regularised = rewards - beta * log_ratio.sum(-1)
-    advantages = groups.against_others(regularised).unsqueeze(-1).where(mask, 0.0)
+    advantages = groups.against_others(regularised).unsqueeze(-1)
     metrics = {"kl": log_ratio, "objective/kl": log_ratio.sum(-1), "objective/rlhf_reward": regularised}
     return LossOutput(loss=-advantages * logps, metrics=metrics, reduction="sequence_sum", mask=mask)
 
@@ -168,7 +168,7 @@ def kl_policy_gradient_exact(
 def _reward_and_penalty(
     logps: Tensor, rewards: Tensor, groups: _base.Groups, mask: Tensor, token_kl: Tensor, beta: float
 ) -> LossOutput:
-    advantages = groups.against_others(rewards).unsqueeze(-1).where(mask, 0.0)
+    advantages = groups.against_others(rewards).unsqueeze(-1)
     token_kl = token_kl.where(mask, 0.0)
     metrics = {"kl": token_kl.detach(), "objective/kl": reduce.sequence_sum(token_kl.detach(), mask)}
     return LossOutput(loss=-advantages * logps + beta * token_kl, metrics=metrics, reduction="sequence_sum", mask=mask)

@@ -46,16 +46,15 @@ def reward_ranking(
     member = groups.member
     same = (groups.index[:, None] == groups.index[None, :]) & member[:, None] & member[None, :]
     wins = same & (rewards[:, None] > rewards[None, :])
-    difference = (scores[:, None] - scores[None, :]).where(wins, 0.0)
-    pairs = groups.total(wins.sum(-1).to(scores.dtype)).clamp(min=1)
+    difference = scores[:, None] - scores[None, :]
+    pairs = groups.total(wins.sum(-1)).clamp(min=1)
     loss = (-logsigmoid(difference)).where(wins, 0.0).sum(-1) * groups.count / pairs
-    right = (wins & (difference.detach() > 0)).sum(-1).to(scores.dtype)
-    accuracy = (right / wins.sum(-1).clamp(min=1)).where(wins.any(-1), torch.nan)
+    right = (wins & (difference > 0)).sum(-1).to(scores.dtype)
     metrics = {
-        "accuracy": accuracy.where(member, torch.nan),
+        "accuracy": right / wins.sum(-1),  # NaN where no answer is worse
         "mean_reward": scores.detach().where(member, torch.nan),
     }
-    return LossOutput(loss=loss.where(member, 0.0), metrics=metrics, reduction="mean", mask=member)
+    return LossOutput(loss=loss, metrics=metrics, reduction="mean", mask=member)
 
 
 @_base.loss_function(reduction="mean")
@@ -116,7 +115,7 @@ def reward_binary(scores: Float[Tensor, " B"], labels: Bool[Tensor, " B"], mask:
         raise ValueError(f"labels must be bool (True = desirable), got {labels.dtype}; pass labels.bool()")
     member = mask.any(-1)
     loss = -logsigmoid(torch.where(labels, scores, -scores)).where(member, 0.0)
-    right = (labels == (scores.detach() > 0)).to(scores.dtype)
+    right = (labels == (scores > 0)).to(scores.dtype)
     metrics = {
         "accuracy": right.where(member, torch.nan),
         "mean_reward": scores.detach().where(member, torch.nan),
@@ -149,7 +148,7 @@ def process_reward(
         worst = labels[(labels < 0) | (labels > 1)][0].item()
         raise ValueError(f"step_labels must lie in [0, 1], got {worst:.6g}; mask out tokens that end no step")
     loss = (-labels * logsigmoid(values) - (1 - labels) * logsigmoid(-values)).where(mask, 0.0)
-    right = ((labels > 0.5) == (values.detach() > 0)).to(values.dtype).where(mask, 0.0)
+    right = ((labels > 0.5) == (values > 0)).to(values.dtype).where(mask, 0.0)
     return LossOutput(loss=loss, metrics={"accuracy": right}, reduction="token_mean", mask=mask)
 
 

@@ -60,13 +60,13 @@ def ld_dpo(
     sign = torch.ones_like(reward).where(is_chosen, -1.0)
     margin = sign * (reward - reward[other])
     loss = _base.smoothed_logistic(margin, label_smoothing).where(member, 0.0)
-    nan = torch.full_like(reward.detach(), torch.nan)
+    nan = torch.full_like(reward, torch.nan)
     row_logps = reduce.sequence_sum(logps.detach(), mask)
     metrics = {
         "rewards/chosen": reward.detach().where(is_chosen & member, nan),
         "rewards/rejected": reward.detach().where(~is_chosen & member, nan),
         "rewards/margins": margin.detach().where(member, nan),
-        "rewards/accuracies": (margin.detach() > 0).to(reward.dtype).where(member, nan),
+        "rewards/accuracies": (margin > 0).to(reward.dtype).where(member, nan),
         "logps/chosen": row_logps.where(is_chosen & member, nan),
         "logps/rejected": row_logps.where(~is_chosen & member, nan),
     }
@@ -127,17 +127,15 @@ def rrhf(
     rewards, groups, mask = _base.scored_rows(rewards, group_ids, mask, min_group=2, wanted_by="rrhf")
     member = groups.member
     total = reduce.sequence_sum(logps, mask)
-    mean = total / mask.sum(-1).clamp(min=1)
+    mean = total / mask.sum(-1)  # NaN for rows that are no members, dropped below
     same = (groups.index[:, None] == groups.index[None, :]) & member[:, None] & member[None, :]
     worse = same & (rewards[:, None] < rewards[None, :])
     ranking = (mean[:, None] - mean[None, :]).relu().where(worse, 0.0).sum(-1)
     best = member & ~worse.any(-1)
-    sharing = groups.total(best.to(total.dtype)).clamp(min=1)
-    nll = -total / sharing
-    size = groups.count.to(total.dtype)
-    loss = size * (ranking + nll_weight * nll.where(best, 0.0))
+    nll = -total / groups.total(best)
+    loss = groups.count * (ranking + nll_weight * nll.where(best, 0.0))
     loss = loss.where(member & (groups.count > 1), 0.0)
-    nan = torch.full_like(total.detach(), torch.nan)
+    nan = torch.full_like(total, torch.nan)
     metrics = {"logps/mean": mean.detach().where(member, 0.0), "nll_loss": -total.detach().where(best, nan)}
     return LossOutput(loss=loss, metrics=metrics, reduction="mean", mask=member)
 
@@ -183,6 +181,6 @@ def unlikelihood(
     # Rounding can leave a log-prob slightly above zero; p cannot exceed one.
     against = -_base.log1mexp(logps.where(bad, -1.0).clamp(max=0.0) + math.log1p(-eps))
     loss = (-logps).where(good, 0.0) + weight * against.where(bad, 0.0)
-    nan = torch.full_like(loss.detach(), torch.nan).where(mask, 0.0)
+    nan = torch.full_like(loss, torch.nan).where(mask, 0.0)
     metrics = {"nll_loss": -logps.detach().where(good, nan), "unlikelihood": against.detach().where(bad, nan)}
     return LossOutput(loss=loss, metrics=metrics, reduction="token_mean", mask=mask)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _LAZY = {
     "LoraSettings": "lora",
     "ModelReward": "reward",
+    "MovingAverage": "average",
     "Policy": "policy",
     "RewardScorer": "reward",
     "TrainableReport": "lora",
@@ -24,6 +25,7 @@ _LAZY = {
 __all__ = [
     "LoraSettings",
     "ModelReward",
+    "MovingAverage",
     "Policy",
     "RewardScorer",
     "TrainableReport",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from rlft.models.average import MovingAverage
     from rlft.models.loading import load_causal_lm, load_sequence_classifier
     from rlft.models.lora import LoraSettings, TrainableReport, add_lora, check_trainable, load_adapter
     from rlft.models.memory import memory_estimate

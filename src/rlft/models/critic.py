@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlft.models.layout import Rows
-from rlft.models.scorer import CausalScorer, unwrap
+from rlft.models.scorer import CausalScorer, Layout, unwrap
+from rlft.models.shared import SharedRows
 
 __all__ = ["CriticModel", "ValueHead"]
 
@@ -36,12 +37,13 @@ class CriticModel(nn.Module):
     Args:
         model: any transformers model over the same vocabulary. A sequence classifier with one label (a reward model)
             lends its score head as the starting point; otherwise the head starts at zero.
+        layout: as of the policy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, layout: Layout = "padded") -> None:
         super().__init__()
         self.model: Any = model
-        self._scorer = CausalScorer(model)
+        self._scorer = CausalScorer(model, layout=layout)
         base = unwrap(model)
         trunk = self._scorer.trunk
         if trunk is None:
@@ -66,7 +68,6 @@ class CriticModel(nn.Module):
                     if id(parameter) not in tied:
                         parameter.requires_grad_(False)
 
-    def forward(self, rows: Rows) -> Tensor:
-        """``[N]`` value of the state before each scored token."""
-        self._scorer.check_rows(rows)
-        return self.head(rows.gather(self._scorer._hidden(rows)))
+    def forward(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
+        """``[N]`` value of the state before each scored token; with each prompt once where the model allows it."""
+        return self.head(self._scorer.hidden_states(rows, shared))

@@ -7,7 +7,7 @@ without padding or sharing a prompt between its completions can replace this fil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,25 @@ from torch import Tensor
 
 from rlft.types import Batch
 
-__all__ = ["Rows", "build_rows"]
+__all__ = ["LayoutUsed", "Rows", "build_rows"]
+
+
+class LayoutUsed(NamedTuple):
+    """Token counts of one forward pass.
+
+    Attributes:
+        computed: tokens that went through the model, padding included.
+        tokens: those of them that exist.
+        repeated: tokens that exist when each answer has a prompt of its own.
+        scored: tokens that get a log-prob.
+        rows: answers.
+    """
+
+    computed: int = 0
+    tokens: int = 0
+    repeated: int = 0
+    scored: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +48,7 @@ class Rows:
         targets: ``[N]`` the completion tokens, row by row.
         last: ``[B]`` column of each row's last existing token.
         completion_mask: ``[B, T]`` of the batch, for :meth:`scatter`.
+        tokens: how many tokens exist in all rows.
     """
 
     input_ids: Int[Tensor, "B W"]
@@ -40,6 +59,14 @@ class Rows:
     targets: Int[Tensor, " N"]
     last: Int[Tensor, " B"]
     completion_mask: Bool[Tensor, "B T"]
+    tokens: int = 0
+
+    @property
+    def used(self) -> LayoutUsed:
+        """Token counts of a pass over these rows."""
+        return LayoutUsed(
+            self.input_ids.numel(), self.tokens, self.tokens, self.targets.shape[0], self.input_ids.shape[0]
+        )
 
     def gather(self, states: Float[Tensor, "B W ..."]) -> Float[Tensor, "N ..."]:
         """The entries that predict completion tokens."""
@@ -49,10 +76,12 @@ class Rows:
         """The entry at each row's last existing token."""
         return states[torch.arange(states.shape[0], device=states.device), self.last]
 
-    def scatter(self, values: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+    def scatter(self, values: Float[Tensor, "N ..."]) -> Float[Tensor, "B T ..."]:
         """Back to ``[B, T]``, zero where no completion token exists. Differentiable."""
-        zeros = torch.zeros(self.completion_mask.shape, dtype=values.dtype, device=values.device)
-        return zeros.masked_scatter(self.completion_mask, values)
+        shape = (*self.completion_mask.shape, *values.shape[1:])
+        zeros = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        mask = self.completion_mask.reshape(*self.completion_mask.shape, *[1] * (values.ndim - 1))
+        return zeros.masked_scatter(mask, values)
 
 
 def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right") -> Rows:
@@ -79,7 +108,8 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
     lengths = exists.sum(-1)
     prompt_lengths = prompt_mask.sum(-1)
     empty = (prompt_lengths == 0) & batch.completion_mask.any(-1)
-    width, has_empty = torch.stack([lengths.max() if rows_n else lengths.new_zeros(()), empty.any()]).tolist()
+    widest = lengths.max() if rows_n else lengths.new_zeros(())
+    width, has_empty, tokens = torch.stack([widest, empty.any(), lengths.sum()]).tolist()  # one look at the device
     if has_empty:
         raise ValueError(
             f"row {int(empty.nonzero()[0])} has an empty prompt, so nothing predicts its first completion token; "
@@ -102,4 +132,5 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
         targets=batch.completion_ids[row, t].long(),
         last=(start + lengths - 1).clamp(min=0),
         completion_mask=batch.completion_mask,
+        tokens=tokens,
     )

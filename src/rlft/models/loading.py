@@ -250,10 +250,18 @@ def _load(
         torch.manual_seed(seed)
         try:
             model, info = auto_class.from_pretrained(str(source), output_loading_info=True, **options)
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+                raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
+            if not isinstance(source, Path):
                 raise
-            raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise ValueError(
+                f"{source} could not be loaded ({type(error).__name__}: {reason:.300}); a file of it may be damaged or missing: "
+                f"download or save it again"
+            ) from error
     return model.eval(), sorted(info["missing_keys"])
 
 

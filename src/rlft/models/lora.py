@@ -183,6 +183,7 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
     if not weights.is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")
     config = files.read_json(folder / "adapter_config.json")
+    _check_rank(weights, config)
     base_name = config.get("base_model_name_or_path")
     if model is None:
         from rlft.models.loading import load_causal_lm, load_sequence_classifier
@@ -200,8 +201,9 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
             warnings.filterwarnings("ignore", message=".*[Mm]issing.*keys.*")  # checked below, and refused
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # peft, huggingface_hub and safetensors raise whatever a damaged file makes of them
+        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = reason if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {reason}"
         raise ValueError(
             f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): {reason}"
         ) from error
@@ -228,6 +230,24 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
         trained(model)  # the adapter brought the score head
     _full_precision(wrapped)
     return wrapped
+
+
+def _check_rank(weights: Path, config: dict[str, Any]) -> None:
+    """Refuse a rank that is not that of the stored tensors, before memory for it is asked for."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(weights), framework="pt") as stored:
+            ranks = {stored.get_slice(name).get_shape()[0] for name in stored.keys() if ".lora_A." in name}
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{weights} is not a safetensors file that can be read ({error}); save the adapter again"
+        ) from None
+    if ranks and not config.get("rank_pattern") and ranks != {config.get("r")}:
+        raise ValueError(
+            f"{weights.parent / 'adapter_config.json'} says rank r={config.get('r')!r:.40} and the stored tensors have "
+            f"{', '.join(map(str, sorted(ranks)))}; use the config that was saved with them"
+        )
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

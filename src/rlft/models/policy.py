@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,19 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 from rlft import _check
 from rlft.models import adapters, modes
+from rlft.models.behaviour import Behaviour
 from rlft.models.critic import CriticModel, ValueHead
-from rlft.models.layout import Rows, build_rows
+from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.reference import ReferenceKind, load_tensors, make_reference
 from rlft.models.scorer import CausalScorer, Layout, unwrap
 from rlft.models.shared import PAYS, SharedRows, build_shared
 from rlft.models.trainable import TrainableModule, plain_state
-from rlft.ops import DEFAULT_CHUNK, HeadOutputs, linear_logps, logits_logps
+from rlft.ops import DEFAULT_CHUNK, MOMENTS, HeadOutputs, linear_logps, logits_logps
 from rlft.types import Batch
 
 __all__ = ["WANTS", "Policy"]
 
 # What a forward can be asked for. "entropy_grad" is a wish, not an output: it makes "entropy" differentiable.
-WANTS: tuple[str, ...] = ("logps", "entropy", "token_kl", "ref_logps", "values", "entropy_grad")
+WANTS: tuple[str, ...] = ("logps", "entropy", "token_kl", "ref_logps", "ref_states", "values", *MOMENTS, "entropy_grad")
 # Output of the policy -> quantity of the head.
 _QUANTITY = {"logps": "logps", "entropy": "entropy", "token_kl": "kl", "ref_logps": "ref_logps"}
 
@@ -74,6 +75,7 @@ class Policy(TrainableModule):
         self._scorer = CausalScorer(model, layout=layout)
         self._switch = adapters.Switch(model) if adapters.is_peft(model) else None
         self._reference = make_reference(model, reference)
+        self._behaviour = Behaviour(model)
         # A reference of another family may have to repeat the prompt where the policy shares it.
         if self._reference.model is not None:
             self._reference.scorer(self._scorer).layout = "auto" if layout == "shared" else layout
@@ -81,7 +83,7 @@ class Policy(TrainableModule):
         self.value_head: ValueHead | None = None
         self.critic: CriticModel | None = None
         if isinstance(critic, nn.Module):
-            self.critic = CriticModel(critic)
+            self.critic = CriticModel(critic, layout="auto" if layout == "shared" else layout)
         elif critic == "shared":
             first = next(model.parameters())
             dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -107,7 +109,11 @@ class Policy(TrainableModule):
             batch: prompts and completions; every token under ``completion_mask`` is scored.
             want: any of ``logps`` (log-prob of each token), ``entropy`` (of the distribution it was drawn from),
                 ``token_kl`` (exact ``KL(policy || reference)`` at that position, differentiable), ``ref_logps``
-                (constant), ``values`` (the critic's value of the state before the token), and ``entropy_grad`` (makes
+                (constant), ``values`` (the critic's value of the state before the token), ``ref_states`` (the
+                reference's hidden states ``[B, T, D]``; with them in the batch its trunk does not run again; left out for
+                models whose hidden states cannot be found), moments of the position's log-ratio to the reference
+                (differentiable; ``behaviour_log_ratio`` and ``behaviour_log_ratio_sq`` under the policy of
+                :meth:`remember_behaviour`, ``token_log_ratio_sq`` under the policy itself), and ``entropy_grad`` (makes
                 ``entropy`` differentiable; without it a gradient that reaches the entropy is an error).
             temperature: divides the logits of policy and reference, > 0.
 
@@ -123,18 +129,36 @@ class Policy(TrainableModule):
             self._switch.refuse_merged()
         result: dict[str, Tensor] = {}
         quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
-        needs_policy = bool(quantities - {"ref_logps"}) or ("values" in want and self.value_head is not None)
+        moments, behaviour_states = want & set(MOMENTS), None
+        if moments - {"token_log_ratio_sq"}:
+            with self._behaviour.active():
+                behaviour_states = self._scorer.states(rows, shared)
+        needs_policy = bool(quantities - {"ref_logps"} or moments or ("values" in want and self.value_head is not None))
         states = self._scorer.states(rows, shared) if needs_policy else None
         if quantities == {"ref_logps"}:
             result["ref_logps"] = rows.scatter(self._reference_alone(rows, shared, temperature))
         elif quantities:
             assert states is not None
             grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
-            outputs = self._score(rows, shared, states, quantities, frozenset(grad & quantities), temperature)
+            known = None if batch.ref_states is None else batch.ref_states[batch.completion_mask]
+            outputs = self._score(rows, shared, states, quantities, frozenset(grad & quantities), temperature, known)
             for name in want & _QUANTITY.keys():
                 result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
+        if moments and states is not None:
+            ref_states = self._reference_states(rows, shared, batch)
+            options = {"want": moments, "temperature": temperature, "rows": self.chunk_size[0]}
+            found = self._behaviour.moments(
+                self._scorer, self._reference, states, ref_states, behaviour_states, **options
+            )
+            result |= {name: rows.scatter(values) for name, values in found.items()}
         if "values" in want:
-            result["values"] = rows.scatter(self._values(rows, states))
+            result["values"] = rows.scatter(self._values(rows, shared, states))
+        if "ref_states" in want:
+            ref = self._reference.scorer(self._scorer)
+            with self._reference.active():
+                ref_states = ref.states(rows, shared)
+            if ref.path != "logits":  # those would be a vocabulary wide
+                result["ref_states"] = rows.scatter(ref_states)
         return result
 
     @torch.no_grad()
@@ -157,9 +181,10 @@ class Policy(TrainableModule):
             raise ValueError(f"want holds {name!r}, which a Policy does not compute{_check.suggestion(name, WANTS)}")
         if "entropy_grad" in want and "entropy" not in want:
             raise ValueError("want holds 'entropy_grad' without 'entropy'; ask for both")
-        if want & {"token_kl", "ref_logps"} and self.reference_kind == "none":
+        of_reference = want & {"token_kl", "ref_logps", "ref_states", *MOMENTS}
+        if of_reference and self.reference_kind == "none":
             raise ValueError(
-                f"{sorted(want & {'token_kl', 'ref_logps'})} need a reference, and this Policy was built with "
+                f"{sorted(of_reference)} need a reference, and this Policy was built with "
                 f"reference='none'; use reference='auto'"
             )
         if "values" in want and self.value_head is None and self.critic is None:
@@ -187,13 +212,18 @@ class Policy(TrainableModule):
         quantities: frozenset[str],
         grad: frozenset[str],
         temperature: float,
+        known: Tensor | None = None,
     ) -> HeadOutputs:
         """The head over scored tokens: one fused op where both heads are matrices, else chunk by chunk."""
         ref = ref_states = ref_head = None
         if quantities & {"ref_logps", "kl"}:
-            ref = self._reference.scorer(self._scorer)
-            with self._reference.active():
-                ref_states = ref.states(rows, shared)
+            ref, ref_states = self._reference.scorer(self._scorer), known
+            if known is None:
+                with self._reference.active():
+                    ref_states = ref.states(rows, shared)
+            else:
+                with self._reference.active():
+                    ref.ensure_path(rows)
         head = self._scorer.matrix_head() if self._scorer.path == "matrix" else None
         if ref is not None and ref is not self._scorer:
             ref_head = ref.matrix_head() if ref.path == "matrix" else None
@@ -286,9 +316,17 @@ class Policy(TrainableModule):
                 parts.append(logits_logps(logits, rows.targets[i : i + size], temperature=temperature, want=want).logps)
             return torch.cat([part for part in parts if part is not None])
 
-    def _values(self, rows: Rows, states: Tensor | None) -> Tensor:
+    def _reference_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:
+        with self._reference.active():
+            ref = self._reference.scorer(self._scorer)
+            if batch.ref_states is None:
+                return ref.states(rows, shared)
+            ref.ensure_path(rows)
+        return batch.ref_states[batch.completion_mask]
+
+    def _values(self, rows: Rows, shared: SharedRows | None, states: Tensor | None) -> Tensor:
         if self.critic is not None:
-            return self.critic(rows)
+            return self.critic(rows, shared)
         assert self.value_head is not None
         assert states is not None
         if self._scorer.path == "logits":
@@ -332,11 +370,32 @@ class Policy(TrainableModule):
         finally:
             self._settle()
 
+    @property
+    def layout_used(self) -> LayoutUsed:
+        """Token counts of the last pass through the policy's model."""
+        return self._scorer.used
+
     # -- reference ------------------------------------------------------------------------------------------------
     @property
     def reference_kind(self) -> ReferenceKind:
         """``none``, ``adapter_off``, ``adapter_copy``, ``snapshot`` or ``model``."""
         return self._reference.kind
+
+    @contextlib.contextmanager
+    def reference_active(self) -> Iterator[None]:
+        """Inside, without gradient, :attr:`hf_model` is the reference where both share a model (its adapter is off, or the
+        frozen copy); a reference of its own is :attr:`reference_model`, and nothing is switched.
+        """
+        with self._reference.active():
+            yield
+
+    def reference_identity(self) -> tuple[list[Any], dict[str, Tensor]]:
+        """What decides the reference's log-probs: configs as plain values, and every tensor by name."""
+        return self._reference.identity(self.model)
+
+    def around_reference(self, watch: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        """Enter ``watch()`` around every pass of the reference: for a clock."""
+        self._reference.around = watch
 
     def update_reference(self, mix: float) -> None:
         """Move the reference towards the policy: ``(1 - mix) * reference + mix * policy``; 1 replaces it.
@@ -360,6 +419,26 @@ class Policy(TrainableModule):
             ValueError: when names or shapes differ; nothing is changed then.
         """
         self._reference.load_state(state)
+
+    # -- behaviour policy -----------------------------------------------------------------------------------------
+    def remember_behaviour(self) -> None:
+        """Keep a copy of the trained weights: the policy that samples now, for the moments that :meth:`forward` gives.
+
+        Before the first call the policy itself takes that place.
+        """
+        self._behaviour.remember()
+
+    def behaviour_state(self) -> dict[str, Tensor]:
+        """The weights kept by :meth:`remember_behaviour`, for a checkpoint; empty before the first call."""
+        return self._behaviour.state()
+
+    def load_behaviour_state(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`behaviour_state`.
+
+        Raises:
+            ValueError: when names or shapes differ; nothing is changed then.
+        """
+        self._behaviour.load_state(state)
 
     # -- saving ---------------------------------------------------------------------------------------------------
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,9 @@ from rlft.models.scorer import CausalScorer, unwrap
 
 __all__ = ["Reference", "ReferenceKind", "make_reference"]
 
+#: Entries of a config that say where it came from.
+_NO_PART = {"_name_or_path", "transformers_version"}
+
 ReferenceKind = Literal["none", "adapter_off", "adapter_copy", "snapshot", "model"]
 
 
@@ -26,6 +29,7 @@ class Reference:
         kind: ``none``; ``adapter_off`` (the base model under a fresh adapter); ``adapter_copy`` (a frozen copy of a
             trained adapter); ``snapshot`` (a frozen copy of the whole model); ``model`` (one that the caller passed).
         model: the separate model of ``snapshot`` and ``model``, else None.
+        around: entered around every pass.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Reference:
     ) -> None:
         self.kind: ReferenceKind = kind
         self.model = model
+        self.around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._policy = policy
         # Name in the policy -> name in the reference (for a copied adapter: in the same model). Names, since sharding
         # replaces the parameters themselves.
@@ -54,7 +59,7 @@ class Reference:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """No gradient, and the policy's adapter off or replaced by its frozen copy where the two share a model."""
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with torch.no_grad(), self.around(), contextlib.ExitStack() as stack:
             if self._switch is not None:
                 name = None if self.kind == "adapter_off" else adapters.REFERENCE
                 stack.enter_context(self._switch.using(name))
@@ -82,6 +87,22 @@ class Reference:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state`; refuses other names or shapes."""
         load_tensors(self._own(), state, what=f"reference ({self.kind})")
+
+    def identity(self, policy: nn.Module) -> tuple[list[Any], dict[str, Tensor]]:
+        """What decides its log-probs: configs as plain values, and every tensor by name.
+
+        Args:
+            policy: the policy's model, which the reference may share.
+        """
+        model: Any = policy if self.model is None else self.model
+        tensors: dict[str, Tensor] = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        configs = [{k: v for k, v in unwrap(model).config.to_dict().items() if k not in _NO_PART}]
+        if self.model is None and adapters.is_peft(policy):
+            trained = adapters.active_adapter(policy)
+            tensors = {n: t for n, t in tensors.items() if trained not in n.split(".")}
+        if self.kind == "adapter_copy":
+            configs.append(model.peft_config[adapters.REFERENCE].to_dict())
+        return configs, tensors
 
     def _own(self) -> dict[str, Tensor]:
         """The reference's tensors, by the name of the policy's tensor each one mirrors."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rlft import _check
 from rlft.models import adapters, loading, modes
-from rlft.models.layout import Rows, build_rows
-from rlft.models.scorer import CausalScorer, unwrap
+from rlft.models.layout import LayoutUsed, Rows, build_rows
+from rlft.models.scorer import CausalScorer, Layout, unwrap
+from rlft.models.shared import PAYS, SharedRows, build_shared
 from rlft.models.trainable import TrainableModule
 from rlft.types import Batch
 
@@ -26,13 +27,16 @@ class RewardScorer(TrainableModule):
 
     Args:
         model: a transformers sequence classifier with one output (or a PeftModel around one).
+        layout: ``auto`` packs rows without padding, with the prompt of a pair once, where the model allows it and it
+            pays; ``padded`` never does.
 
     Raises:
         ValueError: when the model has no single-output score head.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, layout: Layout = "auto") -> None:
         super().__init__()
+        self.layout: Layout = layout
         self.model: Any = model
         base = unwrap(model)
         labels = getattr(base.config, "num_labels", None)
@@ -41,7 +45,7 @@ class RewardScorer(TrainableModule):
                 f"a reward model is a sequence classifier with one output (num_labels=1), got {type(base).__name__} with "
                 f"num_labels={labels}; load it with rlft.models.load_sequence_classifier"
             )
-        self._scorer = CausalScorer(model)
+        self._scorer = CausalScorer(model, layout=layout)
         self._by_trunk = isinstance(getattr(base, "score", None), nn.Module) and self._scorer.trunk is not None
         self.train()
 
@@ -58,14 +62,16 @@ class RewardScorer(TrainableModule):
         for name in sorted(frozenset(want) - {"scores"}):
             raise ValueError(f"want holds {name!r}; a RewardScorer computes 'scores'")
         self._settle()
-        return {"scores": self.score_rows(build_rows(batch))}
+        shared = None
+        if self.may_share:
+            shared = build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0, keep_last=True)
+        return {"scores": self.score_rows(build_rows(batch), shared)}
 
-    def score_rows(self, rows: Rows) -> Float[Tensor, " B"]:
+    def score_rows(self, rows: Rows, shared: SharedRows | None = None) -> Float[Tensor, " B"]:
         """Scores of laid-out rows."""
         self._scorer.check_rows(rows)
         if self._by_trunk:
-            last = rows.gather_last(self._scorer._hidden(rows))
-            scores = unwrap(self.model).score(last)
+            scores = unwrap(self.model).score(self._scorer.last_states(rows, shared))
         else:  # encoders pool by themselves, with the attention mask
             inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "return_dict": True}
             scores = self.model(**inputs).logits
@@ -88,6 +94,16 @@ class RewardScorer(TrainableModule):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layer activations in the backward."""
         modes.enable_checkpointing(self.model)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether rows may be packed with common starts once, as far as is known before the first pass."""
+        return self.layout != "padded" and self._by_trunk and self._scorer.not_shared is None
+
+    @property
+    def layout_used(self) -> LayoutUsed:
+        """Token counts of the last pass through the model."""
+        return self._scorer.used
 
     @property
     def hf_model(self) -> Any:
@@ -182,8 +198,11 @@ class ModelReward:
                 f"and stay unscored; lower max_completion_length",
                 stacklevel=2,
             )
-        fitting.sort(key=lambda i: len(ids[i]))  # neighbours of one length waste the least padding
         device = next(self.scorer.parameters()).device
+        if self.scorer.may_share and device.type == "cpu":
+            fitting.sort(key=lambda i: ids[i])  # answers of one prompt side by side
+        else:
+            fitting.sort(key=lambda i: len(ids[i]))  # neighbours of one length waste the least padding
         for start in range(0, len(fitting), self.batch_size):
             chunk = fitting[start : start + self.batch_size]
             for i, score in zip(chunk, self._score([ids[i] for i in chunk], device), strict=True):
@@ -193,20 +212,16 @@ class ModelReward:
     @torch.no_grad()
     def _score(self, ids: list[list[int]], device: torch.device) -> list[float]:
         self.scorer.eval()
-        width = max(len(row) for row in ids)
-        tokens = torch.zeros(len(ids), width, dtype=torch.long)
-        mask = torch.zeros(len(ids), width, dtype=torch.bool)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = True
-        nothing = torch.zeros(len(ids), 0, dtype=torch.bool)
+        heads, owner = _common_starts(ids)
+        prompts, prompt_mask = _padded(heads)
+        tails, mask = _padded([row[len(heads[group]) :] for row, group in zip(ids, owner, strict=True)])
         batch = Batch(
-            prompt_ids=tokens,
-            prompt_mask=mask,
-            completion_ids=nothing.long(),
-            completion_mask=nothing,
-            mask=nothing,
-            group_ids=torch.arange(len(ids)),
+            prompt_ids=prompts,
+            prompt_mask=prompt_mask,
+            completion_ids=tails,
+            completion_mask=mask,
+            mask=mask,
+            group_ids=torch.tensor(owner),
         )
         return self.scorer(batch.to(device))["scores"].tolist()
 
@@ -226,6 +241,38 @@ class ModelReward:
         text = tokenizer.apply_chat_template([*messages, *answer], tokenize=False)
         # The template writes its own BOS; a second one would be a text the reward model never saw.
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _common_starts(ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Rows that begin alike, answers of one prompt for the most part: what they share, and whose each row is.
+
+    Neighbours in sorted order that have at least half of the shorter row in common are put together.
+    """
+    heads: list[list[int]] = []
+    owner = [0] * len(ids)
+    before: list[int] = []
+    for i in sorted(range(len(ids)), key=lambda i: ids[i]):
+        row = ids[i]
+        known = heads[-1] if heads else []
+        common = next(
+            (n for n, (a, b) in enumerate(zip(known, row, strict=False)) if a != b), min(len(known), len(row))
+        )
+        alike = heads and 2 * common >= min(len(before), len(row))
+        if alike:
+            heads[-1] = known[:common]
+        else:
+            heads.append(list(row))
+        owner[i], before = len(heads) - 1, row
+    return heads, owner
+
+
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """``[B, W]`` ids and which of them exist."""
+    width = max(map(len, rows))
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    exists = torch.arange(width)[None] < torch.tensor([len(row) for row in rows])[:, None]
+    tokens[exists] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return tokens, exists
 
 
 def _name(model: Any) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlft import _check
-from rlft.models.layout import Rows, build_rows
+from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.shared import SharedRows, build_shared, why_not
 from rlft.ops.dense import transform
 from rlft.types import Batch
@@ -49,6 +51,7 @@ class CausalScorer:
     Attributes:
         layout: ``padded`` never shares, ``shared`` always does or refuses, ``auto`` does where the model allows it.
         not_shared: why prompts are not shared, found on first use; None where they are.
+        used: token counts of the last pass through the model.
     """
 
     def __init__(self, model: nn.Module, *, layout: Layout = "padded") -> None:
@@ -68,6 +71,8 @@ class CausalScorer:
         self.path: str | None = None
         self.not_shared: str | None = None
         self.shared_limit: int | None = None
+        self.used = LayoutUsed()
+        self._share_checked = False
 
     # -- parts ----------------------------------------------------------------------------------------------------
     @property
@@ -102,6 +107,28 @@ class CausalScorer:
         chosen = rows if shared is None or not self._may_share(shared) else shared
         return chosen.gather(self._full_logits(chosen) if self.path == "logits" else self._hidden(chosen))
 
+    def hidden_states(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
+        """``[N, D]`` final hidden states that predict the scored tokens, whatever head the model has."""
+        chosen = self._laid_out(rows, shared)
+        return chosen.gather(self._hidden(chosen))
+
+    def last_states(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
+        """``[B, D]`` final hidden states at each row's last token; ``shared`` must have been built with ``keep_last``."""
+        chosen = self._laid_out(rows, shared)
+        states = self._hidden(chosen)
+        if isinstance(chosen, Rows):
+            return chosen.gather_last(states)
+        assert chosen.last is not None
+        return states[0].index_select(0, chosen.last)
+
+    def _laid_out(self, rows: Rows, shared: SharedRows | None) -> Rows | SharedRows:
+        """The layout to use, after the check that both give the same."""
+        self.check_rows(rows)
+        if not self._share_checked and self.layout != "padded":
+            with torch.no_grad(), _evaluating(self.model):
+                self._ensure_shared(_probe_ids(self.base, rows))
+        return rows if shared is None or not self._may_share(shared) else shared
+
     def _may_share(self, shared: SharedRows) -> bool:
         why = self.not_shared
         if why is None and self.shared_limit is not None and shared.longest > self.shared_limit:
@@ -131,6 +158,7 @@ class CausalScorer:
         return self.model(**self._inputs(rows)).logits
 
     def _inputs(self, rows: Rows | SharedRows) -> dict[str, Any]:
+        self.used = rows.used
         return {
             "input_ids": rows.input_ids,
             "attention_mask": rows.attention_mask,
@@ -158,29 +186,20 @@ class CausalScorer:
         """Choose the fastest path that agrees with the model itself on a short row. Runs once, without gradient."""
         if self.path is not None:
             return
-        vocabulary = getattr(unwrap(self.model).config.get_text_config(), "vocab_size", 2)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocabulary, (1, 4), generator=generator).to(rows.input_ids.device)
-        if rows.input_ids.numel():
-            ids[0, 0] = rows.input_ids[0, 0]
+        ids = _probe_ids(self.base, rows)
         ones, steps = torch.ones_like(ids), torch.arange(4, device=ids.device)
         none = steps[:0]
         probe = Rows(ids, ones, steps[None], none, none, none, steps[-1:], ones.bool())
-        was_training = {m: m.training for m in self.model.modules() if m.training}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                truth = self._full_logits(probe)
-                _finite(truth, self.base)
-                self.path = self._agreeing_path(probe, truth)
-                if self.layout != "padded":
-                    self._ensure_shared(ids)
-        finally:
-            for module in was_training:
-                module.training = True
+        with torch.no_grad(), _evaluating(self.model):
+            truth = self._full_logits(probe)
+            _finite(truth, self.base)
+            self.path = self._agreeing_path(probe, truth)
+            if self.layout != "padded":
+                self._ensure_shared(ids)
 
     def _ensure_shared(self, ids: Tensor) -> None:
         """Compare both layouts on a group of two; with every process in step, whatever the layout of its batch."""
+        self._share_checked = True
         self.not_shared, self.shared_limit = why_not(self.base)
         if self.shared_limit is not None and self.shared_limit < 5:
             self.not_shared = f"its attention window holds {self.shared_limit} tokens"
@@ -201,7 +220,9 @@ class CausalScorer:
             self.not_shared = f"it stopped with {type(error).__name__}: {error}"
         else:
             worst = float(((mine.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)).max())
-            if not worst <= 32 * torch.finfo(mine.dtype).eps:
+            eps = torch.finfo(mine.dtype).eps
+            # rounding grows through the layers; a mask that is not honoured changes a tenth and more
+            if not worst <= min(4096 * eps, max(32 * eps, 0.01)):
                 self.not_shared = f"its hidden states differ by {worst:.1e} of their size"
         if self.not_shared is not None:
             warnings.warn(
@@ -234,6 +255,28 @@ class CausalScorer:
             stacklevel=2,
         )
         return "logits"
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and each back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe_ids(base: Any, rows: Rows) -> Tensor:
+    """``[1, 4]`` ids of the vocabulary, the first one from the data."""
+    vocabulary = getattr(base.config.get_text_config(), "vocab_size", 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, 4), generator=generator).to(rows.input_ids.device)
+    if rows.input_ids.numel():
+        ids[0, 0] = rows.input_ids[0, 0]
+    return ids
 
 
 def _finite(logits: Tensor, model: nn.Module) -> None:

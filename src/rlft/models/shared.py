@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlft.models.attention import GroupMask, plan_segments
+from rlft.models.layout import LayoutUsed
 from rlft.types import Batch
 
 __all__ = ["PAYS", "SharedRows", "build_shared", "why_not"]
@@ -22,7 +23,7 @@ PAYS = 1.15
 class SharedRows:
     """One packed row: each prompt once, then the completions of its group.
 
-    A completion's last token is left out: nothing that is scored depends on it.
+    A completion's last token is left out where only log-probs are wanted: nothing that is scored depends on it.
 
     Attributes:
         input_ids: ``[1, N]``.
@@ -31,6 +32,9 @@ class SharedRows:
         index: ``[M]`` where the hidden state sits that predicts each scored token; the end of a prompt once per child.
         longest: tokens of the longest prompt and completion together.
         ratio: tokens of the padded layout for one token of this one.
+        repeated: tokens when each completion has a prompt of its own.
+        rows: completions.
+        last: ``[B]`` where each row's last token is; only with ``keep_last``.
     """
 
     input_ids: Int[Tensor, "1 N"]
@@ -39,13 +43,22 @@ class SharedRows:
     index: Int[Tensor, " M"]
     longest: int
     ratio: float
+    repeated: int
+    rows: int
+    last: Int[Tensor, " B"] | None = None
+
+    @property
+    def used(self) -> LayoutUsed:
+        """Token counts of a pass over this row."""
+        count = self.input_ids.shape[1]
+        return LayoutUsed(count, count, self.repeated, self.index.shape[0], self.rows)
 
     def gather(self, states: Float[Tensor, "1 N ..."]) -> Float[Tensor, "M ..."]:
         """The entries that predict completion tokens, in the order of :class:`rlft.models.layout.Rows`."""
         return states[0].index_select(0, self.index)
 
 
-def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
+def build_shared(batch: Batch, *, at_least: float = 0.0, keep_last: bool = False) -> SharedRows | None:
     """Lay a batch out as one packed row.
 
     A prompt whose group has a single completion with more than one token is packed together with it.
@@ -53,6 +66,7 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
     Args:
         batch: any batch; :func:`rlft.models.layout.build_rows` has refused empty prompts.
         at_least: the least ratio of token counts that pays.
+        keep_last: lay out every token, and rows without a completion too: for a score at each row's end.
 
     Returns:
         The row; None when nothing is scored, or when the ratio is lower.
@@ -62,13 +76,14 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
     prompt_lengths: list[int] = batch.prompt_mask.sum(-1).tolist()
     lengths: list[int] = batch.completion_mask.sum(-1).tolist()
     group_ids: list[int] = batch.group_ids.tolist()
+    drop = 0 if keep_last else 1
     children: dict[int, list[int]] = {}
     for row, group in enumerate(group_ids):
-        if lengths[row]:
+        if lengths[row] or keep_last:
             children.setdefault(group, []).append(row)
     if not children:
         return None
-    total = sum(prompt_lengths[g] for g in children) + sum(max(n - 1, 0) for n in lengths)
+    total = sum(prompt_lengths[g] for g in children) + sum(max(n - drop, 0) for n in lengths)
     longest = max(prompt_lengths[g] + n for g, n in zip(group_ids, lengths, strict=True))
     ratio = batch.num_rows * longest / total
     if ratio < at_least or total < 2:  # one token: transformers takes it for a step of generation
@@ -76,7 +91,7 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
 
     # The row in order: prompts with siblings to keep apart, their completions, then the rest. So what one kernel call
     # takes lies side by side where lengths are equal. Segments are (start, length).
-    longer = {group: [row for row in rows if lengths[row] > 1] for group, rows in children.items()}
+    longer = {group: [row for row in rows if lengths[row] > drop] for group, rows in children.items()}
     order = sorted(children)
     split, whole = [g for g in order if len(longer[g]) > 1], [g for g in order if len(longer[g]) <= 1]
     begins, starts = dict.fromkeys(order, 0), [0] * batch.num_rows
@@ -90,15 +105,15 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
         first = place
         for row in longer[group]:
             starts[row] = place
-            segments.append((place, lengths[row] - 1))
-            place += lengths[row] - 1
+            segments.append((place, lengths[row] - drop))
+            place += lengths[row] - drop
         groups.append(((first, place - first), (begins[group], prompt_lengths[group])))
     for group in whole:
         begins[group] = place
         place += prompt_lengths[group]
         for row in longer[group]:
             starts[row] = place
-            place += lengths[row] - 1
+            place += lengths[row] - drop
         segments.append((begins[group], place - begins[group]))
     ends = [begins.get(group, 0) + prompt_lengths[group] - 1 for group in group_ids]
 
@@ -126,7 +141,7 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
     begin = torch.tensor(starts, device=device)
     fill(
         batch.completion_ids,
-        batch.completion_mask & (rank < sizes[:, None] - 1),
+        batch.completion_mask & (rank < sizes[:, None] - drop),
         begin,
         torch.tensor([prompt_lengths[g] for g in group_ids], device=device),
     )
@@ -139,6 +154,13 @@ def build_shared(batch: Batch, *, at_least: float = 0.0) -> SharedRows | None:
         index=before[batch.completion_mask],
         longest=longest,
         ratio=ratio,
+        repeated=sum(prompt_lengths[g] + n for g, n in zip(group_ids, lengths, strict=True)),
+        rows=batch.num_rows,
+        last=torch.tensor(
+            [start + n - 1 if n else end for start, n, end in zip(starts, lengths, ends, strict=True)], device=device
+        )
+        if keep_last
+        else None,
     )
 
 

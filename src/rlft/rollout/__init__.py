@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rlft.rollout.factory import SAMPLERS, make_sampler
 from rlft.rollout.fast_sampler import FastSampler
+from rlft.rollout.opponents import AverageSampler, MixtureSampler
 from rlft.rollout.randomness import fold_seed
 from rlft.rollout.replay import ReplayBuffer, ReplayItem
 from rlft.rollout.transformers_sampler import TransformersSampler
@@ -15,7 +16,9 @@ from rlft.rollout.vllm_sampler import VLLMSampler
 
 __all__ = [
     "SAMPLERS",
+    "AverageSampler",
     "FastSampler",
+    "MixtureSampler",
     "ReplayBuffer",
     "ReplayItem",
     "Rollout",

@@ -65,6 +65,8 @@ class FastSampler:
             encoder-decoders, ...), with the reason; use ``TransformersSampler`` for those.
     """
 
+    reads_live_weights = True  # its log-probs are the model's own, up to rounding
+
     def __init__(
         self,
         model: Any,

@@ -36,6 +36,8 @@ class TransformersSampler:
             prompt-learning adapter.
     """
 
+    reads_live_weights = True  # its log-probs are the model's own, up to rounding
+
     def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 64) -> None:
         _check.number("max_batch", max_batch, low=1)
         self.model, self.tokenizer, self.max_batch = model, tokenizer, int(max_batch)

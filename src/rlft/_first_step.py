@@ -1,0 +1,257 @@
+"""What must be true of the first optimizer step of every run, whatever the objective.
+
+Before the update: every trained tensor has a gradient, the denominators are the counts of the masks that the losses saw,
+and fresh samples have importance ratio 1. After it: a trained tensor moved, and no frozen one did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlft import _guard, _selfcheck, display
+from rlft.types import Batch
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["FirstStep", "fingerprint", "watch"]
+
+_WORD, _BLOCK = 8, 1024
+#: Largest distance of an importance ratio from 1 on fresh samples: float32 and better, and the mean below that.
+RATIO, ROUGH_RATIO = 1e-4, 0.05
+
+
+def watch(trainer: Trainer) -> FirstStep | None:
+    """A watch over the first step that moves the weights; None where both of its checks are off."""
+    names = [name for name in ("first_step", "on_policy") if trainer.config.checks_itself(name)]
+    return FirstStep(trainer) if names else None
+
+
+class FirstStep:
+    """Sees one optimizer step from the first forward pass to the update.
+
+    A step without gradient (nothing was scored, all rewards equal, learning rate 0) proves nothing: the watch then
+    waits for the next.
+
+    Args:
+        trainer: before its first step.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.spent = trainer, 0.0
+        self.whole = trainer.config.checks_itself("first_step")
+        self.ratio = trainer.config.checks_itself("on_policy") and trainer.online
+        started = time.perf_counter()
+        # sharded weights and gradients are not whole on any process
+        self.tensors = self.whole and not _guard.sharded(trainer)
+        self.frozen = self._fingerprints(frozen=True) if self.tensors else {}
+        self.trained = self._fingerprints(frozen=False) if self.tensors else {}
+        self._reset()
+        self.spent += time.perf_counter() - started
+
+    def _reset(self) -> None:
+        self.counts = torch.zeros(len(self.trainer.objective.terms), dtype=torch.float64)
+        self.divided: Tensor | None = None
+        self.said: str | None = None
+        self.seen = 0
+
+    def _fingerprints(self, *, frozen: bool) -> dict[str, Tensor]:
+        named = self.trainer.policy.named_parameters()
+        return {name: fingerprint(p) for name, p in named if p.requires_grad is not frozen}
+
+    def counted(self, micro_batches: Sequence[Batch], denominators: Tensor) -> None:
+        """Compare what the step will divide by with the masks. Collective.
+
+        Args:
+            micro_batches: of this process, before any row is left out of the forward pass.
+            denominators: one count per loss term, over all processes.
+        """
+        if not self.whole:
+            return
+        started = time.perf_counter()
+        self.divided = denominators.double().cpu()
+        local = sum((self._counts_of(b) for b in micro_batches), torch.zeros_like(self.counts))
+        self.said = self._wrong_count(self._over_processes(local), "the masks of its batches count")
+        self.spent += time.perf_counter() - started
+
+    def saw(self, batch: Batch, outputs: Mapping[str, Tensor]) -> None:
+        """Take in one micro-batch as the objective got it.
+
+        Args:
+            batch: the micro-batch.
+            outputs: of the forward pass with gradient.
+        """
+        started = time.perf_counter()
+        self.counts += self._counts_of(batch)
+        if self.ratio and self.said is None and "logps" in outputs:
+            self.said = self._off_policy(batch, outputs["logps"].detach())
+        self.seen += 1
+        self.spent += time.perf_counter() - started
+
+    def _counts_of(self, batch: Batch) -> Tensor:
+        """What each term divides by, counted here from the mask and not by the objective."""
+        mask = batch.mask.detach().cpu()
+        alive = mask.sum(-1) > 0
+        counts = []
+        for term in self.trainer.objective.terms:
+            if term.reduction == "mean":
+                count = (alive[0::2] & alive[1::2]).sum() if term.per_pair else alive.sum()
+            else:
+                count = mask.sum() if term.reduction == "token_mean" else alive.sum() * (term.length or 1)
+            counts.append(float(count))
+        return torch.tensor(counts, dtype=torch.float64)
+
+    def _off_policy(self, batch: Batch, logps: Tensor) -> str | None:
+        old = batch.old_logps
+        if old is None:
+            # the objective takes its own forward pass as the old one; with dropout on by choice that is no other one
+            if self.seen or not self.trainer.config.disable_dropout:
+                return None
+            with torch.no_grad():
+                old = self.trainer.policy(
+                    batch, want=frozenset({"logps"}), temperature=self.trainer.scoring_temperature
+                )["logps"]
+        if not bool(batch.mask.any()):
+            return None
+        gap = (logps.double() - old.double()).expm1().abs()[batch.mask]
+        if not bool(torch.isfinite(gap).all()):
+            return None  # NaN is the guard's matter, which names the step
+        exact = _selfcheck.exact(self.trainer)
+        value, bound = (float(gap.max()), RATIO) if exact else (float(gap.mean()), ROUGH_RATIO)
+        if value <= bound:
+            return None
+        return _selfcheck.failed(
+            "on_policy",
+            f"samples that were just drawn should have importance ratio 1, got {'up to' if exact else 'a mean of'} "
+            f"{value:.3g} away from it (bound {bound:g}); likely causes: dropout in training (disable_dropout: false), layers "
+            f"that behave otherwise under gradient, old log-probs of another temperature, or weights that moved since. Set "
+            f"disable_dropout: true",
+        )
+
+    def before_update(self) -> None:
+        """Check gradients, counts and ratios; nothing was applied yet.
+
+        Raises:
+            TrainingError: on every process.
+        """
+        started = time.perf_counter()
+        said = self.said
+        # rows without loss and gradient may have been left out after the count
+        c, objective = self.trainer.config, self.trainer.objective
+        if self.whole and not (c.drop_zero_advantages and objective.advantage_weighted):
+            total = self._over_processes(self.counts)
+            if self.seen:  # an override of compute_loss may not tell
+                said = said or self._wrong_count(total, "its losses saw")
+        if self.tensors:
+            said = said or self._without_gradient()
+        _guard.agree(self.trainer, said)
+        self.spent += time.perf_counter() - started
+
+    def _over_processes(self, counts: Tensor) -> Tensor:
+        return self.trainer.accelerator.reduce(counts.to(self.trainer.device), reduction="sum").cpu()
+
+    def _wrong_count(self, counted: Tensor, where: str) -> str | None:
+        assert self.divided is not None
+        for term, mine, theirs in zip(
+            self.trainer.objective.terms, counted.tolist(), self.divided.tolist(), strict=True
+        ):
+            if mine != theirs:
+                return _selfcheck.failed(
+                    "first_step",
+                    f"term {term.name!r} was divided by {theirs:g}, but {where} {mine:g} "
+                    f"({term.reduction}); likely causes: a stage that changes Batch.mask after the count, or an override of "
+                    f"Trainer.count. Change masks in Trainer.prepare",
+                )
+        return None
+
+    def _without_gradient(self) -> str | None:
+        named = [(name, p) for name, p in self.trainer.policy.named_parameters() if p.requires_grad]
+        missing = [name for name, p in named if p.grad is None]
+        if not missing:
+            return None
+        return _selfcheck.failed(
+            "first_step",
+            f"every trained tensor should have a gradient, but {len(missing)} of {len(named)} have none ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); likely causes: an adapter that is not active, layers that the text path "
+            f"does not use, or a detached output. Freeze what should not train (requires_grad_(False)), or activate the adapter",
+        )
+
+    def after_update(self, *, moved: bool) -> bool:
+        """Check that trained tensors changed and frozen ones did not.
+
+        Args:
+            moved: whether an update was applied, with a learning rate and a gradient above 0.
+
+        Returns:
+            Whether the watch is over.
+
+        Raises:
+            TrainingError: on every process.
+        """
+        started = time.perf_counter()
+        said = self._wrongly_moved(moved) if self.tensors else None
+        _guard.agree(self.trainer, said)
+        self.spent += time.perf_counter() - started
+        if not moved:
+            self._reset()
+            return False
+        display.note(self.trainer, f"self-checks of the first step passed in {self.spent:.2f} s")
+        return True
+
+    def _wrongly_moved(self, moved: bool) -> str | None:
+        now = self._fingerprints(frozen=True)
+        changed = [name for name, value in self.frozen.items() if name not in now or not torch.equal(now[name], value)]
+        if changed:
+            return _selfcheck.failed(
+                "first_step",
+                f"frozen tensors should not change, but {len(changed)} of {len(self.frozen)} did in the first step "
+                f"({', '.join(changed[:3])}); likely causes: an optimizer that holds them, an adapter merged into its base, or "
+                f"code that writes to weights. The reference and the policy can no longer be trusted: start again without it",
+            )
+        if (
+            moved
+            and self.trainer.trust_step is None
+            and all(torch.equal(value, self.trained[name]) for name, value in self._fingerprints(frozen=False).items())
+        ):
+            rate = self.trainer.optimizer.param_groups[0]["lr"]
+            return _selfcheck.failed(
+                "first_step",
+                f"an update with a gradient should change a trained tensor, but none of {len(self.trained)} did; likely causes: "
+                f"an optimizer made for other tensors, or a learning rate (now {rate:g}) below the resolution of the weights. "
+                f"Raise learning_rate, or leave the optimizer out",
+            )
+        return None
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A cheap hash of a tensor's bits: sums of 64-bit words by blocks of 8 KiB, weighted by the block's place.
+
+    Not for adversaries. It reads the memory once and makes no copy of a contiguous tensor.
+
+    Args:
+        tensor: of any shape and dtype.
+
+    Returns:
+        int64 ``[2]`` on the tensor's device.
+    """
+    flat = tensor.detach().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one element may be contiguous with any stride
+    if (flat.storage_offset() * flat.element_size()) % _WORD:
+        flat = flat.clone()
+    raw = flat.view(torch.uint8)
+    size = raw.numel() // _WORD * _WORD
+    words = raw[:size].view(torch.int64)
+    whole = words.numel() // _BLOCK * _BLOCK
+    blocks = [
+        words[:whole].view(-1, _BLOCK).sum(-1),
+        words[whole:].sum().reshape(1),
+        raw[size:].long().sum().reshape(1),
+    ]
+    sums = torch.cat(blocks)
+    places = torch.arange(sums.numel(), device=sums.device) * 2 + 1
+    return torch.stack([sums.sum(), (sums * places).sum()])

@@ -1,0 +1,387 @@
+"""Online training on comparisons: which answers meet, who judges, and what of it is trained on.
+
+A pair objective (dpo, ipo, ...) gets pairs of a better and a worse sampled answer; Nash objectives get the probability that
+each answer beats one of an opponent; ``keep`` leaves the answers that supervised losses imitate. The oracle is a
+``judge``, or the reward functions by the Bradley-Terry model: sigmoid(r(y) - r(y')).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlft import _guard
+from rlft._pairwise_rules import plays, wants_pairs
+from rlft.config import Config, ConfigError
+from rlft.errors import TrainingError
+from rlft.objective import Objective
+from rlft.rewards import RewardError, RewardOutput
+from rlft.rollout import Rollout, Sampler, fold_seed
+from rlft.rollout.randomness import row_keys, uniforms
+from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
+from rlft.types import Batch
+
+if TYPE_CHECKING:
+    from rlft.models import MovingAverage
+    from rlft.trainer import Trainer
+
+__all__ = [
+    "Players",
+    "alive",
+    "complete",
+    "describe",
+    "players",
+    "win_rate_of_greedy",
+]
+
+
+@dataclass(frozen=True)
+class Players:
+    """Samplers beside the policy's own.
+
+    Attributes:
+        opponent: draws the answers that those of the policy meet; for pairs from a mixture, both answers.
+        average: the moving average of the policy's weights that the opponent has, or None.
+        baseline: the reference, which evaluation with a judge compares with, or None.
+    """
+
+    opponent: Sampler | None = None
+    average: MovingAverage | None = None
+    baseline: Sampler | None = None
+
+
+def players(config: Config, objective: Objective, policy: Any, tokenizer: Any, *, judged: bool) -> Players:
+    """The samplers that the settings ask for.
+
+    Args:
+        config: settings, checked.
+        objective: of the run.
+        policy: on its device.
+        tokenizer: of the policy.
+        judged: whether a judge evaluates.
+
+    Raises:
+        ConfigError: for a model that cannot be mixed with its reference, or an evaluation without one.
+    """
+    from rlft.models import MovingAverage
+    from rlft.rollout import AverageSampler, MixtureSampler, make_sampler
+
+    opponent = average = baseline = None
+    try:
+        if config.mixture_coef is not None:
+            opponent = MixtureSampler(policy, tokenizer, config.mixture_coef)
+        elif config.opponent_ema_decay is not None:
+            average = MovingAverage(policy.model, config.opponent_ema_decay)
+            opponent = AverageSampler(make_sampler("auto", policy.hf_model, tokenizer), average)
+        if judged:
+            if policy.reference_kind == "none":
+                raise ConfigError(
+                    f"a judge evaluates answers against the reference's, and objective {objective.name!r} has none; drop the "
+                    f"evaluation data, or use an objective with a reference"
+                )
+            baseline = MixtureSampler(policy, tokenizer, 1.0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Players(opponent, average, baseline)
+
+
+def alive(batch: Batch) -> Batch:
+    """The rows that have a token to train on (a pair where both have); the first group where none has."""
+    rows = batch.mask.any(-1)
+    if bool(rows.all()):
+        return batch
+    if not bool(rows.any()):
+        rows = batch.group_ids == batch.group_ids[0]
+    return batch.select(rows.nonzero()[:, 0])
+
+
+def complete(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Batch, *, seed: int) -> Batch:
+    """The batch as its objective wants it: pairs, win rates, or the answers that are kept.
+
+    Args:
+        trainer: the run.
+        examples: P prompts with their columns.
+        sampled: ``P * n`` answers, prompt-major.
+        batch: the same answers as tensors, with rewards unless a judge decides.
+        seed: of this generation.
+    """
+    objective, config = trainer.objective, trainer.config
+    if config.keep != "all":
+        batch = _keep(trainer, batch, seed=seed)
+    if wants_pairs(objective):
+        return _pairs(trainer, examples, sampled, batch)
+    return _play(trainer, examples, sampled, batch, seed=seed) if plays(objective) else batch
+
+
+# -- supervised: a filter ---------------------------------------------------------------------------------------------------
+def _keep(trainer: Trainer, batch: Batch, *, seed: int) -> Batch:
+    c, n = trainer.config, trainer.config.num_generations
+    assert batch.rewards is not None
+    scores = batch.rewards.double().reshape(-1, n)
+    usable = (batch.mask.any(-1) & ~batch.rewards.isnan()).reshape(-1, n)
+    if c.keep == "best":
+        kept = keep_best(scores, usable)
+    elif c.keep == "threshold":
+        assert c.keep_threshold is not None
+        kept = keep_from(scores, usable, c.keep_threshold)
+    else:
+        assert c.keep_beta is not None
+        keys = row_keys(fold_seed(seed, stream="keep"), *scores.shape)
+        u = uniforms(keys, torch.zeros_like(keys)).reshape(scores.shape).to(scores.device)
+        kept = keep_by_rejection(scores, usable, u, beta=c.keep_beta)
+    trainer.metrics.add("keep/fraction", kept.double(), None)
+    trainer.metrics.add("keep/reward", scores, kept)
+    return batch.replace(mask=batch.mask & kept.reshape(-1, 1))
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------------
+def _pairs(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Batch) -> Batch:
+    c, n = trainer.config, trainer.config.num_generations
+    usable = batch.mask.any(-1).reshape(-1, n)
+    if trainer.judge is not None:
+        wins = _round_robin(trainer, examples, sampled, usable.cpu()).to(batch.device)
+        met = ~wins.isnan()
+        scores = wins.where(met, 0.0).sum(-1) / met.sum(-1)  # NaN for an answer that was never judged
+        gaps = wins - wins.transpose(1, 2)
+    else:
+        assert batch.rewards is not None
+        scores = batch.rewards.double().reshape(-1, n)
+        gaps = scores[:, :, None] - scores[:, None, :]
+        wins = torch.sigmoid(gaps)
+    usable = usable & ~scores.isnan()
+    found = select_pairs(scores, gaps, usable, selection=c.pair_selection, min_gap=c.pair_min_gap)
+    won = _looked_up(wins, found)
+    found = found if trainer.judge is None else _judged(found, won)
+    _record_pairs(trainer, found, won)
+    return _paired(batch, found, won, scores)
+
+
+def _looked_up(table: Tensor, pairs: Pairs) -> Tensor:
+    """``table[p, chosen, rejected]``, ``[P, K]``."""
+    return table[torch.arange(table.shape[0], device=table.device)[:, None], pairs.chosen, pairs.rejected]
+
+
+def _judged(pairs: Pairs, won: Tensor) -> Pairs:
+    """Without pairs that the judge had no answer for, which mean win rates cannot see."""
+    return Pairs(pairs.chosen, pairs.rejected, pairs.gap, pairs.alive & ~won.isnan())
+
+
+def _paired(batch: Batch, pairs: Pairs, won: Tensor, scores: Tensor) -> Batch:
+    """Groups of two, chosen first, as many for every prompt; what is not alive is masked."""
+    prompts, each = pairs.chosen.shape
+    n = batch.num_rows // prompts
+    first = torch.arange(prompts, device=batch.device)[:, None] * n
+    rows = torch.stack([first + pairs.chosen, first + pairs.rejected], dim=-1).flatten()
+    of_prompt = torch.arange(prompts, device=batch.device).repeat_interleave(each)
+    live = pairs.alive.flatten().repeat_interleave(2)
+    half = torch.stack([won, 1 - won], dim=-1).flatten().where(live, 0.5)
+    gap = pairs.gap.flatten().repeat_interleave(2).where(live, 0.0)
+    picked = {name: value[rows] for name, value in batch._row_tensors().items() if name not in batch.extras}
+    return batch.replace(
+        **{**picked, "rewards": scores.flatten()[rows].float().where(live, torch.nan)},
+        prompt_ids=batch.prompt_ids[of_prompt],
+        prompt_mask=batch.prompt_mask[of_prompt],
+        group_ids=torch.arange(prompts * each, device=batch.device).repeat_interleave(2),
+        completion_ids=batch.completion_ids[rows],
+        completion_mask=batch.completion_mask[rows],
+        mask=batch.mask[rows] & live[:, None],
+        extras={
+            **{name: value[rows] for name, value in batch.extras.items()},
+            "win_rates": half.float(),
+            "margin": gap.float(),
+        },
+    )
+
+
+def _record_pairs(trainer: Trainer, pairs: Pairs, won: Tensor) -> None:
+    comparable = ~pairs.gap.isnan()
+    tied = comparable & ~pairs.alive
+    trainer.metrics.add("pairs/tied_fraction", tied.double(), comparable)
+    trainer.metrics.add("pairs/gap", pairs.gap, pairs.alive)
+    trainer.metrics.add("pairs/win_rate", won, pairs.alive)
+    if bool(tied.any()):
+        gap = trainer.config.pair_min_gap
+        _guard.told(
+            trainer,
+            "tied",
+            f"step {trainer.step + 1}: {int(tied.sum())} of {int(comparable.sum())} pairs of answers are "
+            f"{f'at most {gap:g} apart' if gap else 'tied'} and are left out (pairs/tied_fraction counts them; more "
+            f"num_generations, or dynamic_sampling: true, find others)",
+        )
+
+
+# -- an opponent ------------------------------------------------------------------------------------------------------------
+def _play(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Batch, *, seed: int) -> Batch:
+    """Every answer meets one of the opponent's; ``win_rates`` is the probability that it wins."""
+    from rlft import online
+
+    n = trainer.config.num_generations
+    repeated = [e for e in examples for _ in range(n)]
+    other = fold_seed(seed, stream="opponent")
+    assert trainer.opponent is not None
+    with trainer.meter.phase("sample"):
+        theirs = trainer.opponent.sample(
+            [e.prompt_ids for e in examples],
+            n,
+            online.sampling_params(trainer),
+            seed=other,
+            weight_version=trainer.step,
+            poll=trainer.poll,
+        )
+    if trainer.judge is None:
+        assert batch.rewards is not None
+        texts = online.decoded(trainer, repeated, theirs)
+        with trainer.meter.phase("reward"):
+            against = trainer.score(repeated, texts, theirs.completion_ids).rewards
+        won = torch.sigmoid(batch.rewards.double().cpu() - against.double())
+        trainer.metrics.add("judge/opponent_reward", against.double(), ~against.isnan())
+    else:
+        won = compare(trainer, repeated, sampled, theirs, seed=other)
+        _watch_unanswered(trainer, won)
+    lengths = torch.tensor([float(len(ids)) for ids in theirs.completion_ids], dtype=torch.float64)
+    trainer.metrics.add("judge/opponent_length", lengths, None)
+    answered = ~won.isnan()
+    trainer.metrics.add("judge/win_rate", won, answered)
+    won, answered = won.to(batch.device), answered.to(batch.device)
+    return batch.replace(
+        mask=batch.mask & answered[:, None], extras={**batch.extras, "win_rates": won.where(answered, 0.5).float()}
+    )
+
+
+# -- the judge --------------------------------------------------------------------------------------------------------------
+def compare(trainer: Trainer, repeated: Sequence[Any], ours: Rollout, theirs: Rollout, *, seed: int) -> Tensor:
+    """The judge's probability that each answer beats the other of its row, float64 ``[B]``, NaN where it had no answer.
+
+    Which of the two it sees first is drawn at random, so that a judge with a liking for a place is fair on average.
+    """
+    from rlft import online
+
+    keys = row_keys(fold_seed(seed, stream="judge"), len(repeated), 1)
+    swapped = (uniforms(keys, torch.zeros_like(keys)) < 0.5).tolist()
+    mine, other = online.decoded(trainer, repeated, ours), online.decoded(trainer, repeated, theirs)
+    first = [b if swap else a for a, b, swap in zip(mine, other, swapped, strict=True)]
+    second = [a if swap else b for a, b, swap in zip(mine, other, swapped, strict=True)]
+    ids = [b if swap else a for a, b, swap in zip(ours.completion_ids, theirs.completion_ids, swapped, strict=True)]
+    won = _ask(trainer, repeated, first, second, ids)
+    return torch.where(torch.tensor(swapped), 1 - won, won)
+
+
+def _round_robin(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, usable: Tensor) -> Tensor:
+    """``[P, n, n]``, the probability that answer i beats answer j: every two usable answers meet once; else NaN."""
+    from rlft import online
+
+    n = trainer.config.num_generations
+    repeated = [e for e in examples for _ in range(n)]
+    texts = online.decoded(trainer, repeated, sampled)
+    meetings = [
+        (p, i, j)
+        for p in range(len(examples))
+        for i in range(n)
+        for j in range(i + 1, n)
+        if bool(usable[p, i]) and bool(usable[p, j])
+    ]
+    wins = torch.full((len(examples), n, n), math.nan, dtype=torch.float64)
+    if meetings:
+        won = _ask(
+            trainer,
+            [examples[p] for p, _, _ in meetings],
+            [texts[p * n + i] for p, i, _ in meetings],
+            [texts[p * n + j] for p, _, j in meetings],
+            [sampled.completion_ids[p * n + i] for p, i, _ in meetings],
+        )
+        p, i, j = (torch.tensor(column) for column in zip(*meetings, strict=True))
+        wins[p, i, j], wins[p, j, i] = won, 1 - won
+        _watch_unanswered(trainer, won)
+    return wins
+
+
+def _watch_unanswered(trainer: Trainer, won: Tensor) -> None:
+    """Count comparisons without an answer; generations in a row without any stop the run."""
+    trainer.metrics.add("judge/unanswered", won.isnan().double(), None)
+    trainer.unscored_steps = trainer.unscored_steps + 1 if bool(won.isnan().all()) else 0
+    if trainer.unscored_steps >= trainer.config.max_unscored_steps:
+        raise TrainingError(
+            f"step {trainer.step + 1}: the judge had no answer for {trainer.unscored_steps} steps in a row (it returned None "
+            f"for every two answers); call it on two texts by hand"
+        )
+
+
+def _ask(
+    trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """Call the judge: a reward function that also gets ``opponents`` and returns probabilities."""
+    trainer.poll()
+    with trainer.meter.phase("reward"):
+        output = _called(trainer, examples, first, second, ids)
+    won = output.each[:, 0].double()
+    wrong = ((won < 0) | (won > 1)).nonzero()
+    if len(wrong):
+        row = int(wrong[0, 0])
+        raise RewardError(
+            f"judge {output.names[0]!r} returned {won[row].item():g} for row {row} at step {trainer.step + 1}; it must return the "
+            f"probability, 0 to 1, that the completion beats its opponent (1 or 0 where it is sure, None where it cannot say)",
+            function=output.names[0],
+            step=trainer.step,
+            row=row,
+        )
+    return won
+
+
+def _called(
+    trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
+) -> RewardOutput:
+    from rlft import online
+
+    assert trainer.judge is not None
+    columns = online.columns(examples)
+    if "opponents" in columns:
+        raise ValueError("the column name 'opponents' is an argument of every judge; rename the column")
+    return trainer.judge(
+        prompts=[e.prompt for e in examples],
+        completions=list(first),
+        completion_ids=[list(row) for row in ids],
+        columns={**columns, "opponents": list(second)},
+        trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
+        poll=trainer.poll,
+    )
+
+
+def win_rate_of_greedy(trainer: Trainer, examples: Sequence[Any], sampled: Rollout) -> Tensor:
+    """For evaluation: how often a greedy answer beats the reference's greedy answer, by the judge; ``[B]``."""
+    from rlft import online
+
+    assert trainer.baseline is not None
+    theirs = trainer.baseline.sample(
+        [e.prompt_ids for e in examples], 1, online.sampling_params(trainer, greedy=True), seed=0, poll=trainer.poll
+    )
+    return compare(trainer, examples, sampled, theirs, seed=0)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------------
+def describe(trainer: Trainer) -> dict[str, str]:
+    """Rows of the table shown before a run: what is compared, with whom, and what is kept."""
+    c, objective = trainer.config, trainer.objective
+    rows: dict[str, str] = {}
+    mixture = f"policy^{1 - (c.mixture_coef or 0):g} x reference^{c.mixture_coef or 0:g}"
+    oracle = "Bradley-Terry on the rewards" if trainer.judge is None else f"judge {trainer.judge.names[0]}"
+    if wants_pairs(objective):
+        picked = "best against worst" if c.pair_selection == "best_worst" else "all pairs"
+        gap = f", more than {c.pair_min_gap:g} apart" if c.pair_min_gap else ", ties left out"
+        source = f"; answers from {mixture}" if trainer.opponent is not None else ""
+        rows["pairs"] = f"{picked}{gap}; by {'rewards' if trainer.judge is None else oracle}{source}"
+    elif plays(objective):
+        average = f"moving average of the policy, decay {c.opponent_ema_decay}"
+        rows["opponent"] = f"{mixture if c.mixture_coef is not None else average}; by {oracle}"
+    if c.keep != "all":
+        rows["kept"] = {
+            "best": f"the best of {c.num_generations}",
+            "threshold": f"rewards from {c.keep_threshold}",
+            "rejection": f"with probability exp((r - highest) / {c.keep_beta})",
+        }[c.keep]
+    return rows

@@ -1,0 +1,56 @@
+"""What a trainer reads off a loss before the forward pass."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from rlft import losses
+from tests.losses.cases import CASES
+
+#: Biased on tokens that the current policy did not sample; see their docstrings.
+ON_POLICY = {
+    "agro_on_policy",
+    "agro_on_policy_causal",
+    "agro_on_policy_exact_kl",
+    "agro_on_policy_lr_causal",
+    "agro_on_policy_lr_kl",
+    "agro_on_policy_lr_moments",
+    "agro_on_policy_lr_token",
+}
+#: Sort the rows of all prompts together.
+COUPLED = {"aot", "aot_unpaired"}
+FIRST = {case.name: case for case in reversed(CASES)}  # each loss with the hyper-parameters of its first case
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_marks(name: str) -> None:
+    fn = getattr(losses, name)
+    assert fn.couples_rows == (name in COUPLED)
+    if name.startswith("agro_"):
+        assert fn.on_policy_only == (name in ON_POLICY)
+    if "group_ids" not in inspect.signature(fn).parameters:
+        assert fn.min_group == 1
+
+
+@pytest.mark.parametrize("name", [name for name, case in FIRST.items() if "group_ids" in case.tensor_names])
+def test_min_group_is_the_smallest_group_that_is_taken(name: str) -> None:
+    case = FIRST[name]
+    tensors = {name: tensor[:6].clone() for name, tensor in case.inputs().items()}
+    size = case.fn.min_group
+    assert size in (1, 2)
+    tensors["group_ids"] = torch.arange(6) // size
+    case(tensors)
+    if size > 1:
+        tensors["group_ids"] = torch.tensor([0, 0, 1, 1, 2, 3])  # two of one row
+        with pytest.raises(ValueError, match=r"needs groups of at least 2 rows|must pair the rows up"):
+            case(tensors)
+
+
+def test_a_mark_is_off_unless_it_is_set() -> None:
+    for name in ("dpo", "rloo", "ppo_clip", "reinforce", "sft"):
+        assert getattr(losses, name).on_policy_only is False
+        assert getattr(losses, name).couples_rows is False
+    assert losses.sft.min_group == 1
