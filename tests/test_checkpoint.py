@@ -439,7 +439,7 @@ def test_one_failing_rank_fails_all_and_leaves_nothing(tmp_path: Path, failing: 
     assert all(isinstance(result, checkpoint.CheckpointError) for result in results)
     assert _steps(tmp_path) == [1]
     assert _hidden(tmp_path) == []
-    own = {"record": "keys must be strings", "tensor": "complex128", "extra": "no space left"}[kind]
+    own = {"record": "keys must be strings", "tensor": "complex128", "extra": "No space left on device"}[kind]
     assert own in str(results[failing])
     assert all("see its own error" in str(r) or "own errors" in str(r) for i, r in enumerate(results) if i != failing)
 

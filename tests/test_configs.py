@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlft import _checks, setup
 from rlft.config import Config, load_config
 from rlft.rewards import load_reward
+from rlft.run import checks, setup
 from rlft.trainer import Trainer
 from tests.results.runs import CONFIGS, DATA, SMALL, needs_data
 
@@ -30,7 +30,7 @@ def test_nothing_is_left_out() -> None:
 def test_configuration_builds(path: Path) -> None:
     config = load_config(CONFIGS / path)
     objective = setup.objective(config, None)
-    _checks.check_settings(config, objective, online=bool(config.rewards))
+    checks.check_settings(config, objective, online=bool(config.rewards))
     for reward in config.rewards:
         if not (isinstance(reward, str) and reward.startswith("runs/")):
             assert callable(load_reward(reward))

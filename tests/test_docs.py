@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
-from rlft import _checks, cli, losses, recipes, setup
+from rlft import cli, losses, recipes
 from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
+from rlft.run import checks, setup
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -191,7 +192,7 @@ def test_yaml_is_a_configuration(tmp_path: Path) -> None:
         path.write_text(block.text)
         config = load_config(path)
         objective = setup.objective(config, None)
-        _checks.check_settings(config, objective, online=bool(config.rewards))
+        checks.check_settings(config, objective, online=bool(config.rewards))
         shown += 1
     assert shown >= 4
 

@@ -221,9 +221,9 @@ def test_log_probs_that_cannot_be_are_refused(name: str) -> None:
     good, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
     for bad in (torch.nan, torch.inf, -torch.inf, 3.0):
         wrong = torch.tensor([[-1.0, bad]])
-        with pytest.raises(ValueError, match="^logps holds"):
+        with pytest.raises(ValueError, match=r"^logps holds"):
             getattr(kl, name)(wrong, good, mask)
-        with pytest.raises(ValueError, match="^ref_logps holds"):
+        with pytest.raises(ValueError, match=r"^ref_logps holds"):
             getattr(kl, name)(good, wrong, mask)
 
 

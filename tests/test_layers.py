@@ -26,11 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L3": ("_terms", "objective", "recipes", "catalogue"),
     "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
     "L5": ("rollout",),
-    "L6": (
-        "_checks", "_controllers", "_correction", "_curves", "_first_step", "_floor", "_guard", "_meeting", "_meter", "_micro", "_old_logps", "_page", "_pairwise", "_pairwise_rules", "_parts", "_plan", "_ref_cache", "_selfcheck", "_shares", "_state", "_trust_step", "_watchdog", "display", "doctor", "evaluate",
-        "online", "report", "setup",
-        "trainer",
-    ),
+    "L6": ("run", "report", "doctor", "trainer"),
     "L7": ("cli", "demo"),
 }  # fmt: skip
 #: The pure core imports these and the standard library, at any depth of a function.
@@ -116,7 +112,7 @@ def test_an_upward_import_is_seen() -> None:
     for line in ("from rlft.trainer import Trainer", "import rlft.trainer", "def f():\n    from rlft import trainer"):
         assert upward(SOURCE / "losses" / "dpo.py", line)
     assert not upward(SOURCE / "trainer.py", "from rlft.losses import dpo")
-    assert not upward(SOURCE / "display.py", "if TYPE_CHECKING:\n    from rlft.cli import main")
+    assert not upward(SOURCE / "run/display.py", "if TYPE_CHECKING:\n    from rlft.cli import main")
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:

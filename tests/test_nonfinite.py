@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft import _guard, checkpoint
+from rlft import checkpoint
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.objective import Objective
+from rlft.run import guard
 from tests.bad_input.common import ANSWERS, same, state, stops, trainer
 from tests.tiny import tiny_llama
 
@@ -171,8 +172,8 @@ def test_ordinary_settings_spend_no_copy() -> None:
         (Spoils, {"lr": 1e-3}, True),
     ]
     for kind, options, copied in groups:
-        assert (_guard.undo_for(kind([weight], **options), norm=5.0) is not None) is copied, (kind, options)
-    assert _guard.undo_for(torch.optim.SGD([weight], lr=1.0), norm=1e22) is not None
+        assert (guard.undo_for(kind([weight], **options), norm=5.0) is not None) is copied, (kind, options)
+    assert guard.undo_for(torch.optim.SGD([weight], lr=1.0), norm=1e22) is not None
 
 
 @pytest.mark.parametrize("save_steps", [1, 3])

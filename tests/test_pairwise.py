@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlft import Trainer, display, losses
+from rlft import Trainer, losses
 from rlft.config import ConfigError
 from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
+from rlft.run import display
 from rlft.types import Batch
 from tests.test_trainer import PAIRS, PROMPTS, digest, digits_reward, settings, weights
 from tests.tiny import char_tokenizer, tiny_llama

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rlft import _curves
-from rlft._page import flatten, number
-from rlft.report import Panel, comparison_table, demo_report, plot_curves, write_report
+from rlft.report import Panel, comparison_table, curves, demo_report, plot_curves, write_report
+from rlft.report.page import flatten, number
 
 pytest.importorskip("matplotlib", reason="reports need the extra `report`")
 
@@ -23,14 +22,14 @@ pytest.importorskip("matplotlib", reason="reports need the extra `report`")
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures with fewer dots: what is tested is what is in them."""
-    monkeypatch.setattr(_curves, "DPI", 40)
+    monkeypatch.setattr(curves, "DPI", 40)
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """Keeps the figures that are drawn, instead of turning them into PNG."""
     kept: list = []
-    monkeypatch.setattr(_curves, "_png", lambda figure: kept.append(figure) or b"\x89PNG")
+    monkeypatch.setattr(curves, "_png", lambda figure: kept.append(figure) or b"\x89PNG")
     return kept
 
 
@@ -299,8 +298,8 @@ def test_a_nan_is_marked_and_not_drawn(tmp_path: Path, figures: list) -> None:
 
 def test_one_run_shows_raw_and_smoothed(figures: list) -> None:
     rows = [{"step": s, "kl": float(s % 2), "learning_rate": 1e-6 * (s % 2), "entropy": 1.0} for s in range(1, 101)]
-    panels = _curves.present(_curves.PANELS, ["kl", "learning_rate", "entropy"])
-    _curves.draw_run(rows, panels)
+    panels = curves.present(curves.PANELS, ["kl", "learning_rate", "entropy"])
+    curves.draw_run(rows, panels)
     kl, entropy, rate = figures[0].axes
     raw, smoothed = kl.lines
     assert list(raw.get_ydata()) == [row["kl"] for row in rows]
@@ -314,13 +313,13 @@ def test_one_run_shows_raw_and_smoothed(figures: list) -> None:
 
 
 def test_smoothing() -> None:
-    assert _curves.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
-    assert _curves.smooth([3.0] * 100) == pytest.approx([3.0] * 100, rel=1e-12)
+    assert curves.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
+    assert curves.smooth([3.0] * 100) == pytest.approx([3.0] * 100, rel=1e-12)
     line = [0.5 * i for i in range(200)]
-    assert _curves.smooth(line)[30:-30] == pytest.approx(line[30:-30], rel=1e-9)  # centred: no lag
+    assert curves.smooth(line)[30:-30] == pytest.approx(line[30:-30], rel=1e-9)  # centred: no lag
     holes = [math.nan if i in (50, 51) else 2.0 for i in range(100)]
-    assert _curves.smooth(holes) == pytest.approx([2.0] * 100, rel=1e-12)
-    assert all(math.isnan(value) for value in _curves.smooth([math.inf] * 40))
+    assert curves.smooth(holes) == pytest.approx([2.0] * 100, rel=1e-12)
+    assert all(math.isnan(value) for value in curves.smooth([math.inf] * 40))
 
 
 def test_series_takes_numbers_alone_and_the_last_row_of_a_step() -> None:
@@ -331,22 +330,22 @@ def test_series_takes_numbers_alone_and_the_last_row_of_a_step() -> None:
         {"step": 4, "x": True},
         {"step": 1, "x": 2.5},
     ]
-    assert _curves.series(rows, "x") == ([1], [2.5])
+    assert curves.series(rows, "x") == ([1], [2.5])
 
 
 def test_panels_show_every_metric_once() -> None:
     keys = ["rewards/exact/mean", "rewards/length/mean", "rewards/exact/std", "reward", "completions/mean_length"]
     keys += ["completions/min_length", "completions/max_length", "clip_ratio/low", "mine/own", "eval_loss", "loss"]
-    known = _curves.present(_curves.PANELS, keys)
+    known = curves.present(curves.PANELS, keys)
     shown = [key for panel in known for key in (*panel.keys, *(panel.band or ()))]
-    more = _curves.leftover_panels(known, [*keys, "step"])
+    more = curves.leftover_panels(known, [*keys, "step"])
     assert [panel.keys for panel in more] == [("mine/own",)]
     assert sorted([*shown, "mine/own"]) == sorted(keys)
-    titles = [panel.title for panel in _curves.per_key(known)]
+    titles = [panel.title for panel in curves.per_key(known)]
     assert "Reward by function: exact" in titles
     assert "Loss" in titles
     assert "Loss: held out" in titles
-    no_band = _curves.present(_curves.PANELS, ["completions/mean_length", "completions/min_length"])
+    no_band = curves.present(curves.PANELS, ["completions/mean_length", "completions/min_length"])
     assert no_band[0].band is None
 
 
@@ -362,7 +361,7 @@ def test_panels_show_every_metric_once() -> None:
     ],
 )
 def test_labels(keys: list[str], labels: list[str]) -> None:
-    assert _curves.labels_of(keys) == labels
+    assert curves.labels_of(keys) == labels
 
 
 def test_own_panels_can_be_given(tmp_path: Path, figures: list) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from rlft import _first_step, _selfcheck, _state, checkpoint, display
+from rlft import checkpoint
 from rlft.config import SELF_CHECKS, Config, ConfigError, load_config
 from rlft.errors import TrainingError
+from rlft.run import display, first_step, selfcheck
+from rlft.run import state as _state
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import BOS_ID, char_tokenizer, tiny_llama
 
@@ -54,18 +56,18 @@ def test_a_sound_run_passes_all_and_says_what_they_cost(
     t.train()
     lines = [r.message for r in caplog.records if "self-checks" in r.message]
     assert [line.split(" in ")[0] for line in lines] == ["self-checks passed", "self-checks of the first step passed"]
-    assert all(f"{name} " in lines[0] for name in _selfcheck.CHECKS)
-    assert {*_selfcheck.CHECKS, "first_step", "on_policy"} == set(SELF_CHECKS)
+    assert all(f"{name} " in lines[0] for name in selfcheck.CHECKS)
+    assert {*selfcheck.CHECKS, "first_step", "on_policy"} == set(SELF_CHECKS)
     off = run(tmp_path / "off", kind=kind, **{**extra, "self_checks": False})
     off.train()
     assert same(state(t), state(off))  # looking changes nothing: weights, moments, random numbers
 
 
 def test_they_draw_no_random_number_and_take_little_time(tmp_path: Path) -> None:
-    _selfcheck.before(run(tmp_path / "warm", kind="rloo", self_checks=True))  # what is imported on first use
+    selfcheck.before(run(tmp_path / "warm", kind="rloo", self_checks=True))  # what is imported on first use
     t = run(tmp_path, kind="rloo", self_checks=True)
     before, started = checkpoint.rng_state(), time.process_time()
-    _selfcheck.before(t)
+    selfcheck.before(t)
     assert time.process_time() - started < 5
     after = checkpoint.rng_state()
     assert before[1] == after[1]
@@ -100,8 +102,8 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_nothing_runs_when_all_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     t = run(tmp_path)
-    for name in _selfcheck.CHECKS:
-        monkeypatch.setitem(_selfcheck.CHECKS, name, lambda t: pytest.fail("was called"))
+    for name in selfcheck.CHECKS:
+        monkeypatch.setitem(selfcheck.CHECKS, name, lambda t: pytest.fail("was called"))
     t.train()
     assert t.first_step is None
 
@@ -168,18 +170,18 @@ def test_model_that_ignores_the_attention_mask(tmp_path: Path) -> None:
 def test_padding_of_a_reward_model(tmp_path: Path) -> None:
     model = tiny_llama(head="classifier", num_labels=1)
     t = trainer(tmp_path, "bradley_terry", PAIRS, model=model, self_checks=only("padding"))
-    assert _selfcheck.padding(t) is None
+    assert selfcheck.padding(t) is None
     layer = model.model.layers[1]
     layer.mlp = Mixing(layer.mlp)
-    assert "beside a longer row" in str(_selfcheck.padding(t))
+    assert "beside a longer row" in str(selfcheck.padding(t))
 
 
 def test_spoilt_weights_are_not_called_a_matter_of_padding(tmp_path: Path) -> None:
     t = run(tmp_path, "padding")
-    assert _selfcheck.padding(t) is None
+    assert selfcheck.padding(t) is None
     with torch.no_grad():
         t.policy.hf_model.lm_head.weight.fill_(float("nan"))
-    assert "must be finite" in str(_selfcheck.padding(t))
+    assert "must be finite" in str(selfcheck.padding(t))
 
 
 # -- sample -------------------------------------------------------------------------------------------------------------------
@@ -190,13 +192,13 @@ def test_answers_without_a_trained_end(tmp_path: Path) -> None:
     object.__setattr__(t.train_data, "examples", masked)
     stops(t, "sample", "should end with a trained end token (one of [2])", "never learn to stop", "end_token_ids")
     object.__setattr__(t.train_data, "examples", [masked[0], *examples[1:]])
-    assert _selfcheck.sample(t) is None  # one row is the data's own matter
+    assert selfcheck.sample(t) is None  # one row is the data's own matter
 
 
 def test_two_bos(tmp_path: Path) -> None:
     t = trainer(tmp_path, "sft", ANSWERS, processing_class=char_tokenizer(add_bos=True), self_checks=only("sample"))
     assert all(e.prompt_ids.count(BOS_ID) == 1 for e in t.train_data.examples)
-    assert _selfcheck.sample(t) is None
+    assert selfcheck.sample(t) is None
     doubled = [replace(e, prompt_ids=[BOS_ID, *e.prompt_ids]) for e in t.train_data.examples]
     object.__setattr__(t.train_data, "examples", doubled)
     stops(t, "sample", "should hold one BOS token ('<bos>'), got 2 in row", "the chat template")
@@ -260,16 +262,16 @@ def test_a_lora_target_that_matches_nothing(tmp_path: Path) -> None:
 # -- memory -------------------------------------------------------------------------------------------------------------------
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     t = run(tmp_path, "memory")
-    real = _selfcheck._free_memory(torch.device("cpu"))
+    real = selfcheck._free_memory(torch.device("cpu"))
     assert real is None or real > 1 << 20
-    monkeypatch.setattr(_selfcheck, "_free_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: 1 << 10)
     stops(t, "memory", "1 KiB are free", "Lower per_device_train_batch_size (now 4)", "gradient_checkpointing: true")
-    assert "use_peft: true" in str(_selfcheck.memory(t))
-    monkeypatch.setattr(_selfcheck, "_free_memory", lambda device: None)
-    assert _selfcheck.memory(t) is None
+    assert "use_peft: true" in str(selfcheck.memory(t))
+    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: None)
+    assert selfcheck.memory(t) is None
     needed = sum(v for k, v in display.peak_memory(t).items() if k not in ("weights", "reference"))
-    monkeypatch.setattr(_selfcheck, "_free_memory", lambda device: int(needed * 0.6))
-    assert _selfcheck.memory(t) is None  # within the error of the estimate: told, not refused
+    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: int(needed * 0.6))
+    assert selfcheck.memory(t) is None  # within the error of the estimate: told, not refused
     assert "a rough estimate" in caplog.text
 
 
@@ -280,12 +282,12 @@ def test_free_memory_of_a_container(tmp_path: Path) -> None:
         "memory.stat": "anon 500\nfile 400\n",
     }.items():
         (tmp_path / name).write_text(text)
-    assert _selfcheck._cgroup(tmp_path) == 500
+    assert selfcheck._cgroup(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert _selfcheck._cgroup(tmp_path) is None
-    assert _selfcheck._cgroup(tmp_path / "missing") is None
+    assert selfcheck._cgroup(tmp_path) is None
+    assert selfcheck._cgroup(tmp_path / "missing") is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   7 kB\n")
-    assert _selfcheck._meminfo(tmp_path / "meminfo") == 7 * 1024
+    assert selfcheck._meminfo(tmp_path / "meminfo") == 7 * 1024
 
 
 # -- dry checkpoint -----------------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_the_rehearsal_leaves_nothing(tmp_path: Path) -> None:
     t = run(tmp_path)
     (tmp_path / "run").mkdir()
     t.callbacks.append(lambda event, run, values: pytest.fail("a rehearsal is no save") if event == "save" else None)
-    assert _selfcheck.dry_checkpoint(t) is None
+    assert selfcheck.dry_checkpoint(t) is None
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -475,19 +477,19 @@ def test_dropout_while_training(tmp_path: Path) -> None:
 def test_a_fingerprint_sees_any_bit(dtype: torch.dtype, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     tensor = (torch.randn(size, generator=generator) > 0).to(dtype)
-    before = _first_step.fingerprint(tensor)
-    assert torch.equal(before, _first_step.fingerprint(tensor.clone()))
-    assert torch.equal(before, _first_step.fingerprint(torch.stack([tensor, tensor], 1)[:, 1]))  # whatever the strides
+    before = first_step.fingerprint(tensor)
+    assert torch.equal(before, first_step.fingerprint(tensor.clone()))
+    assert torch.equal(before, first_step.fingerprint(torch.stack([tensor, tensor], 1)[:, 1]))  # whatever the strides
     raw = tensor.view(torch.uint8)
     for place in {0, raw.numel() // 2, raw.numel() - 1}:
         raw[place] ^= 1
-        assert not torch.equal(before, _first_step.fingerprint(tensor))
+        assert not torch.equal(before, first_step.fingerprint(tensor))
         raw[place] ^= 1
     odd = torch.zeros(size + 1, dtype=dtype)[1:]
     odd.copy_(tensor)
-    assert torch.equal(before, _first_step.fingerprint(odd))
+    assert torch.equal(before, first_step.fingerprint(odd))
 
 
 def test_a_fingerprint_sees_exchanged_rows() -> None:
     rows = torch.randn(8, 4096)
-    assert not torch.equal(_first_step.fingerprint(rows), _first_step.fingerprint(rows.flip(0)))
+    assert not torch.equal(first_step.fingerprint(rows), first_step.fingerprint(rows.flip(0)))

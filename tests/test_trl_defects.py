@@ -52,7 +52,10 @@ def build(folder: Path, objective: str, model: Any, *, online: bool = False, **e
 def log(folder: Path) -> list[dict[str, Any]]:
     """The run's metrics without its clocks."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("step_time", "update_time") and not k.startswith("meter/")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("step_time", "update_time") and not k.startswith("meter/")}
+        for row in rows
+    ]
 
 
 def interrupted_after(step: int) -> Any:

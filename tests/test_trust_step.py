@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlft import Trainer, losses
-from rlft._trust_step import TrustStep
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.rollout import Rollout
+from rlft.run.trust_step import TrustStep
 from rlft.trust_region import flatten
 from rlft.types import Batch
 from tests.models.oracle import alone, pick, trained_lora
@@ -300,7 +300,7 @@ def test_without_rewards_and_with_an_optimizer_it_is_refused(tmp_path: Path) -> 
 
 
 def test_the_table_says_how_it_steps(tmp_path: Path) -> None:
-    from rlft.display import facts
+    from rlft.run.display import facts
 
     rows = facts(trainer(tmp_path / "run", objective_args={"max_kl": 0.02}))
     assert "KL(old, new) <= 0.02" in rows["step"]

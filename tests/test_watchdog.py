@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlft import _watchdog, online
 from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.rollout import Rollout, make_sampler
+from rlft.run import online, watchdog
 from tests.bad_input.common import ANSWERS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import char_tokenizer
 
@@ -150,17 +150,17 @@ def test_a_bound_of_ones_own_and_the_off_switch(tmp_path: Path) -> None:
 
 def test_bounds(tmp_path: Path) -> None:
     t = run(tmp_path)
-    assert _watchdog.bound(t) == _watchdog.EXACT == 1e-3
+    assert watchdog.bound(t) == watchdog.EXACT == 1e-3
     t.config.sampler_correction = {"cap": 2.0}  # a difference that is known
-    assert _watchdog.bound(t) == _watchdog.ROUGH == 0.1
+    assert watchdog.bound(t) == watchdog.ROUGH == 0.1
     t.config.sampler_correction = None
     t.config.mixed_precision = "bf16"
-    assert _watchdog.bound(t) == _watchdog.ROUGH
+    assert watchdog.bound(t) == watchdog.ROUGH
     t.config.mixed_precision = "no"
     t.sampler = object()  # a server, another engine
-    assert _watchdog.bound(t) == _watchdog.ROUGH == 0.1
+    assert watchdog.bound(t) == watchdog.ROUGH == 0.1
     t.config.sampler_check_bound = 0.5
-    assert _watchdog.bound(t) == 0.5
+    assert watchdog.bound(t) == 0.5
 
 
 def test_settings_that_do_nothing_are_refused(tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(tmp_path: Path) 
             row = logits[place]
             kept = row.topk(40).values
             expected.append(row[token] - kept.logsumexp(-1) if row[token] >= kept[-1] else row.new_tensor(-torch.inf))
-    got = _watchdog.policy_logps(t, prompts, answers, params)
+    got = watchdog.policy_logps(t, prompts, answers, params)
     torch.testing.assert_close(got, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
-    plain = _watchdog.policy_logps(t, prompts, answers, replace(params, top_k=0))
+    plain = watchdog.policy_logps(t, prompts, answers, replace(params, top_k=0))
     exact = torch.cat(
         [
             (t.policy.hf_model(torch.tensor([[*p, *a]])).logits[0, len(p) - 1 : -1].double() / 0.8)

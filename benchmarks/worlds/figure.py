@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.worlds.field import F64, Field, Problem
 from benchmarks.worlds.rows import Row
-from rlft import _curves
+from rlft.report import curves as _curves
 
 __all__ = ["COMPARED", "TIMES", "curve", "draw"]
 

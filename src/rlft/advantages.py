@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rlft import _check, reduce
@@ -80,8 +80,8 @@ class Groups:
         found = start.scatter_reduce(0, self._wide(self.index, x), self._fill(x, empty), kind)
         return found[self.index]
 
-    def total(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
-        """Sum over the members of each row's group."""
+    def total(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """Sum over the members of each row's group; counts and flags become floating point."""
         return reduce.segment_sum(self._fill(x, 0.0), self.index, self.size)[self.index]
 
     def mean(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:

@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
 
     trainer = Trainer(args=config)
     if args.dry_run:
-        from rlft import display
+        from rlft.run import display
 
         display.start(trainer, resumed=False)
         return 0

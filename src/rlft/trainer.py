@@ -20,29 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import (
-    _controllers,
-    _correction,
-    _first_step,
-    _guard,
-    _micro,
-    _ref_cache,
-    _selfcheck,
-    _state,
-    _watchdog,
-    display,
-    evaluate,
-    online,
-    setup,
-)
 from rlft._failpoint import instant
-from rlft._meter import Meter
 from rlft.config import Config
 from rlft.errors import Interrupted, TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.objective import Objective
 from rlft.rewards import RewardError
 from rlft.rollout import fold_seed
+from rlft.run import (
+    controllers,
+    correction,
+    display,
+    evaluate,
+    first_step,
+    guard,
+    micro,
+    online,
+    ref_cache,
+    selfcheck,
+    setup,
+    watchdog,
+)
+from rlft.run import state as _state
+from rlft.run.meter import Meter
 from rlft.schedule import learning_rate
 from rlft.types import Batch
 
@@ -117,8 +117,8 @@ class Trainer:
         self.judge, self.opponent = parts.judge, parts.players.opponent
         self.average, self.baseline = parts.players.average, parts.players.baseline
         self.plan, self.own_schedule = parts.plan, optimizers[0] is None
-        self.kl_control = _controllers.make(self)
-        self.objective = _correction.apply(self)
+        self.kl_control = controllers.make(self)
+        self.objective = correction.apply(self)
         self.source = setup.source(self)
         self.trust_step = setup.trust_step(self)
         self.callbacks = list(callbacks)
@@ -129,8 +129,8 @@ class Trainer:
         self.sampler_fault: str | None = None
         self.sampler_agrees: bool | None = None  # its log-probs with the policy's; None: not yet compared
         self.meter = Meter(self.device)
-        self.ref_logps = _ref_cache.RefLogps()
-        self.first_step: _first_step.FirstStep | None = None
+        self.ref_logps = ref_cache.RefLogps()
+        self.first_step: first_step.FirstStep | None = None
         self.equal_steps = 0
         self.all_masked = False
         self.told: set[str] = set()
@@ -198,13 +198,13 @@ class Trainer:
                 _state.seed(self)
             self._boundary = None
             if offset is None:
-                _selfcheck.before(self)
-                self.first_step = _first_step.watch(self)
+                selfcheck.before(self)
+                self.first_step = first_step.watch(self)
             self.meter.start(self)
             try:
                 last = self._loop()
             except Exception as error:
-                _guard.lost_peer(self, error)
+                guard.lost_peer(self, error)
                 # on several processes one alone cannot save: an error of its own reaches the others as a lost peer
                 if isinstance(error, Interrupted) or (isinstance(error, RewardError) and self.world_size == 1):
                     _state.save_boundary(self)
@@ -217,7 +217,7 @@ class Trainer:
 
     def _loop(self) -> dict[str, float]:
         last: dict[str, float] = {}
-        self.ref_logps = _ref_cache.prepare(self)
+        self.ref_logps = ref_cache.prepare(self)
         if self._evaluation_due():
             last |= self._evaluate_and_log()
         with display.progress(self) as bar:
@@ -244,7 +244,7 @@ class Trainer:
         started = time.perf_counter()
         values = self.train_step()
         self.step += 1
-        values |= _controllers.after_step(self)
+        values |= controllers.after_step(self)
         online.move_reference(self)
         if self.average is not None:
             self.average.update()
@@ -264,14 +264,14 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
-        with _guard.explained(self):
+        with guard.explained(self):
             with instant("train.batch"):
                 micro_batches = self.source.next(self.step)
-            _watchdog.verdict(self)
+            watchdog.verdict(self)
             denominators = self.count(micro_batches)
             if self.first_step is not None:
                 self.first_step.counted(micro_batches, denominators)
-            micro_batches = self._equal_counts(_micro.without_idle_rows(self, micro_batches))
+            micro_batches = self._equal_counts(micro.without_idle_rows(self, micro_batches))
             update = self._anything_to_learn(denominators)
             started = time.perf_counter()
             if self.trust_step is not None and update:
@@ -285,7 +285,7 @@ class Trainer:
                     self.meter.phase("forward_backward"),
                 ):
                     part = self.compute_loss(batch, denominators)
-                    _micro.note_layout(self, batch)
+                    micro.note_layout(self, batch)
                     # DistributedDataParallel averages gradients over processes; the denominators are global already
                     self.accelerator.backward(part * self.world_size)
                 loss += part.detach().double()
@@ -326,13 +326,13 @@ class Trainer:
         outputs = self.forward(batch, self._wanted(batch))
         if self.first_step is not None:
             self.first_step.saw(batch, outputs)
-        if (loss := _guard.poisoned(self, outputs, batch)) is not None:
+        if (loss := guard.poisoned(self, outputs, batch)) is not None:
             return loss
         loss, results = self.objective.compute(outputs, batch, denominators)
         for result in results:
             self.metrics.add_output(result, batch.mask)
-        _controllers.observe(self, batch, outputs, results)
-        _correction.record(self, batch, outputs)
+        controllers.observe(self, batch, outputs, results)
+        correction.record(self, batch, outputs)
         if "entropy" in outputs:
             self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
         return loss
@@ -347,9 +347,14 @@ class Trainer:
         Returns:
             ``[B, T]`` tensors by name (``scores [B]`` from a reward model).
         """
+        model = self.model
+        if not torch.is_grad_enabled() and isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            # The wrapper would wait for the other processes to broadcast buffers that are equal anyway; in an evaluation
+            # they may have fewer batches, and never come.
+            model = model.module
         if "scores" in self.objective.needs:
-            return self.model(batch, want=want | {"scores"})
-        return self.model(batch, want=want, temperature=self.scoring_temperature)
+            return model(batch, want=want | {"scores"})
+        return model(batch, want=want, temperature=self.scoring_temperature)
 
     def _wanted(self, batch: Batch) -> frozenset[str]:
         wanted = set(self.objective.forward_needs)
@@ -380,7 +385,7 @@ class Trainer:
         )
         if not (_finite(loss) and _finite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            if _guard.skips(self, f"loss={loss}, gradient norm={norm}"):
+            if guard.skips(self, f"loss={loss}, gradient norm={norm}"):
                 return norm
             raise TrainingError(
                 f"step {self.step + 1}: loss={loss}, gradient norm={norm}; the step was not applied and the weights are "
@@ -398,9 +403,9 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         """The optimizer's step; one that leaves a weight that is not finite is taken back."""
-        undo = _guard.undo_for(self.optimizer, norm) if self.trust_step is None else _guard.Undo(self.optimizer)
+        undo = guard.undo_for(self.optimizer, norm) if self.trust_step is None else guard.Undo(self.optimizer)
         try:
-            with _guard.explained(self), instant("train.optimizer"), self.meter.phase("optimizer"):
+            with guard.explained(self), instant("train.optimizer"), self.meter.phase("optimizer"):
                 if self.trust_step is not None:
                     self.trust_step.apply()
                 self.optimizer.step()
@@ -408,13 +413,13 @@ class Trainer:
             if undo is not None:
                 undo.back()
             raise
-        bad = _guard.not_finite(self.model, self.accelerator)
+        bad = guard.not_finite(self.model, self.accelerator)
         if bad is None:
             return
         if undo is not None:
             undo.back()
         self.optimizer.zero_grad(set_to_none=True)
-        if undo is not None and _guard.skips(self, f"the update left {bad} not finite"):
+        if undo is not None and guard.skips(self, f"the update left {bad} not finite"):
             return
         state = (
             f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
@@ -518,9 +523,7 @@ class Trainer:
                 f"without an end are with mask_truncated_completions. Raise max_completion_length (now "
                 f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
             )
-        _guard.told(
-            self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are"
-        )
+        guard.told(self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are")
         return False
 
     def _equal_counts(self, micro_batches: list[Batch]) -> list[Batch]:
@@ -533,7 +536,7 @@ class Trainer:
             raise TrainingError(
                 f"step {self.step + 1}: process {self.rank} has no examples; use a larger dataset or fewer processes"
             )
-        return batches + [_micro.blank(batches[0])] * (int(counts.max()) - len(batches))
+        return batches + [micro.blank(batches[0])] * (int(counts.max()) - len(batches))
 
     def _flush_metrics(self) -> dict[str, float]:
         values = setup.gather_metrics(self.accelerator, self.metrics)
@@ -541,7 +544,7 @@ class Trainer:
         return values | self.meter.flush(self)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        with _guard.explained(self, "per_device_eval_batch_size"), self.meter.phase("evaluate"):
+        with guard.explained(self, "per_device_eval_batch_size"), self.meter.phase("evaluate"):
             values = self.evaluate()
         self.log(values)
         self.evaluated_at = self.step

@@ -230,8 +230,9 @@ def test_bad_input_82_resume_after_completion(tmp_path: Path, capsys: pytest.Cap
 # -- processes ------------------------------------------------------------------------------------------------------------
 _START = """
 import sys
-from rlft import _meeting, cli
-_meeting.SECONDS = 4
+from rlft import cli
+from rlft.run import meeting
+meeting.SECONDS = 4
 sys.exit(cli.main(["train", "objective=sft", "model=nowhere", "train_data=nowhere.jsonl", "report_to=[]"]))
 """
 

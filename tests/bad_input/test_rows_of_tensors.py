@@ -91,7 +91,13 @@ class Ends:
 
 
 def masked_run(folder: Path, finished: Callable[[int], bool]) -> Any:
-    extra = {"mask_truncated_completions": True, "sampler": Ends(finished), "save_steps": 1, "beta": 0.0}
+    extra = {
+        "mask_truncated_completions": True,
+        "sampler": Ends(finished),
+        "save_steps": 1,
+        "beta": 0.0,
+        "sampler_check_steps": 0,
+    }
     return trainer(folder, "grpo", PROMPTS, reward=varied, max_steps=3, **extra)
 
 

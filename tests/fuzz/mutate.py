@@ -87,7 +87,7 @@ def value(rng: Random, given: Any, keys: list[str] | None = None) -> Any:
     if isinstance(given, str) and rng.random() < 0.3:
         return _typo(rng, given)
     if isinstance(given, (int, float)) and not isinstance(given, bool) and rng.random() < 0.4:
-        return rng.choice((-given, given + 1, given * 1000, given / 3, str(given)))
+        return rng.choice((-given, given + 1, given * 1000, given // 3, str(given)[:9]))
     return odd(rng)
 
 

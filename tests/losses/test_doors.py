@@ -38,7 +38,9 @@ def test_the_tensor_of_another_shape_is_the_one_that_is_blamed(case: Case) -> No
     for name in [name for name in numbers(case) if name != case.tensor_names[0]]:
         tensors = case.inputs()
         tensors[name] = tensors[name][:-1]
-        with pytest.raises(ValueError, match=rf"^{name} must" + (" have the shape of logps, " if name in LIKE_LOGPS else "")):
+        with pytest.raises(
+            ValueError, match=rf"^{name} must" + (" have the shape of logps, " if name in LIKE_LOGPS else "")
+        ):
             case(tensors)
 
 

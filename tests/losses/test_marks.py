@@ -50,7 +50,8 @@ def test_min_group_is_the_smallest_group_that_is_taken(name: str) -> None:
 
 
 def test_a_mark_is_off_unless_it_is_set() -> None:
-    for name in ("dpo", "rloo", "ppo_clip", "reinforce", "sft"):
+    for name in ("dpo", "rloo", "agro_off_policy", "kto", "sft"):
         assert getattr(losses, name).on_policy_only is False
         assert getattr(losses, name).couples_rows is False
+        assert getattr(losses, name).advantage_weighted is False
     assert losses.sft.min_group == 1

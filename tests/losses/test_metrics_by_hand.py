@@ -62,7 +62,9 @@ def test_agro_metrics_by_hand(name: str) -> None:
     tensors["group_ids"] = torch.zeros(2).long()
     metrics = case.fn(*tensors.values(), beta=0.3).metrics
     assert set(metrics) == {"kl", "objective/kl", "objective/rlhf_reward", "agro/variance", "agro/flip_fraction"}
-    regularised = [2 - 0.3 * 0.4, 1 - 0.3 * 0.2] if name != "agro_off_policy_per_token" else [2 - 0.3 * 0.2, 1 - 0.3 * 0.2]
+    regularised = (
+        [2 - 0.3 * 0.4, 1 - 0.3 * 0.2] if name != "agro_off_policy_per_token" else [2 - 0.3 * 0.2, 1 - 0.3 * 0.2]
+    )
     assert metrics["objective/rlhf_reward"].tolist() == pytest.approx(regularised, rel=1e-13)
     half = (regularised[0] - regularised[1]) ** 2 / 2
     assert metrics["agro/variance"].tolist() == pytest.approx([half, half], rel=1e-12)

@@ -416,7 +416,9 @@ def test_dual_clip_by_hand(ratio: float, advantage: float, value: float, slope: 
 def test_a_token_without_advantage_is_not_clipped(ratio: float) -> None:
     leaf, mask = torch.full((1, 1), -1.0, dtype=F64), torch.ones(1, 1).bool()
     for dual_clip in (None, 3.0):
-        output = losses.ppo_clip(leaf, leaf - math.log(ratio), torch.zeros(1, dtype=F64), mask, clip_eps=0.2, dual_clip=dual_clip)
+        output = losses.ppo_clip(
+            leaf, leaf - math.log(ratio), torch.zeros(1, dtype=F64), mask, clip_eps=0.2, dual_clip=dual_clip
+        )
         for name in ("low", "high", "region"):
             assert output.metrics[f"clip_ratio/{name}"].item() == 0
 

@@ -287,7 +287,9 @@ def test_orpo_is_accurate_at_both_ends_and_finite_or_refused_at_certainty() -> N
 
 def test_log1mexp_and_its_gradient() -> None:
     # exp(-1e-17) rounds to 1
-    x = torch.tensor([-1e-300, -1e-17, -1e-12, -1e-6, -0.3, -math.log(2), -1.0, -30.0, -700.0], dtype=F64, requires_grad=True)
+    x = torch.tensor(
+        [-1e-300, -1e-17, -1e-12, -1e-6, -0.3, -math.log(2), -1.0, -30.0, -700.0], dtype=F64, requires_grad=True
+    )
     found = _base.log1mexp(x)
     expected = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x.tolist()]
     assert found.tolist() == pytest.approx(expected, rel=1e-14, abs=0)  # far down the result is tiny itself
@@ -439,5 +441,35 @@ def test_orpo_at_certainty_names_the_tensor_and_forgives_rounding() -> None:
         with pytest.raises(ValueError, match=rf"^{name} is 0 at \[1\]"):
             losses.orpo(*pair, one, one, beta=1.0, eps=0.0)
     above = torch.tensor([-0.7, 5e-5], dtype=F64)  # a sum of rounded log-probs
-    found, at = (losses.orpo(chosen, even, one, one, beta=1.0).metrics["log_odds_chosen"] for chosen in (above, certain))
+    found, at = (
+        losses.orpo(chosen, even, one, one, beta=1.0).metrics["log_odds_chosen"] for chosen in (above, certain)
+    )
     torch.testing.assert_close(found, at, **TIGHT)
+
+
+# -- many rows: what holds for a few by accident ----------------------------------------------------------------------
+
+
+def test_pairs_are_told_apart_in_a_large_batch() -> None:
+    """All chosen rows first, then all rejected ones: the first row of a pair is the chosen one, however ids are sorted."""
+    ids, mask = torch.arange(64).repeat(2), torch.ones(128, 1).bool()
+    logps = -torch.linspace(1, 2, 128, dtype=F64)[:, None]
+    metrics = losses.ld_dpo(logps, logps - 0.5, ids, mask, beta=0.4, ld_alpha=0.5).metrics
+    assert metrics["rewards/chosen"].isnan().tolist() == [False] * 64 + [True] * 64
+    assert metrics["rewards/rejected"].isnan().tolist() == [True] * 64 + [False] * 64
+
+
+def test_equal_margins_are_matched_in_the_order_of_rows() -> None:
+    n = 64
+    same, rising = torch.full((n,), -3.0, dtype=F64), -torch.linspace(9, 2, n, dtype=F64)
+    found = losses.aot_unpaired(same, rising, same, same, beta=1.0).loss  # tied chosen take rejected ones as they rise
+    assert found.tolist() == pytest.approx([-logsigmoid(-3.0 - x) for x in rising.tolist()], rel=1e-12)
+    leaf = same.clone().requires_grad_()  # tied rejected are given out in their order
+    losses.aot_unpaired(rising, leaf, same, same, beta=1.0).loss.sum().backward()
+    assert (leaf.grad.diff() < 0).all()
+
+
+def test_unlikelihood_forgives_rounding_above_zero() -> None:
+    bad, mask = torch.tensor([False]), torch.ones(1, 1).bool()
+    above, at = (losses.unlikelihood(torch.full((1, 1), x, dtype=F64), bad, mask, eps=1e-7).loss for x in (9e-7, 0.0))
+    assert above.item() == at.item() == pytest.approx(-math.log(1e-7), rel=1e-9)

@@ -38,7 +38,6 @@ TESTS = [
     "tests/test_types.py",
     "tests/test_objective.py",
     "tests/test_public_api.py::test_the_public_names_stay",
-    "tests/bad_input/test_rows_of_tensors.py",
 ]
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 GOAL = 0.95

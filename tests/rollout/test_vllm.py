@@ -232,7 +232,7 @@ def test_what_is_refused_before_an_engine_is_built(vllm, monkeypatch):
 
 # -- merged weights ---------------------------------------------------------------------------------------------------
 def test_merged_weights_are_the_merged_model_and_leave_the_model_alone():
-    model = lora(tiny.tiny_llama(), modules_to_save=["lm_head"])
+    model = lora(tiny.tiny_llama(dtype=torch.float64), modules_to_save=["lm_head"])
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2.0)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -241,16 +241,16 @@ def test_merged_weights_are_the_merged_model_and_leave_the_model_alone():
         assert torch.equal(parameter, before[name])
     assert not any(getattr(module, "merged_adapters", []) for module in model.modules())
     out = model(torch.tensor([PROMPTS[0]])).logits
-    merged = lora(tiny.tiny_llama(), modules_to_save=["lm_head"])
+    merged = lora(tiny.tiny_llama(dtype=torch.float64), modules_to_save=["lm_head"])
     with torch.no_grad():
         merged.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2.0)
     expected = dict(merged.merge_and_unload().named_parameters())
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
-    plain = tiny.tiny_llama(seed=5)
+    plain = tiny.tiny_llama(seed=5, dtype=torch.float64)
     plain.load_state_dict(found)
-    torch.testing.assert_close(plain(torch.tensor([PROMPTS[0]])).logits, out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain(torch.tensor([PROMPTS[0]])).logits, out, rtol=1e-9, atol=1e-9)
 
 
 def test_tied_weights_are_given_once():

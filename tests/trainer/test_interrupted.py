@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from rlft import Trainer, checkpoint
-from rlft._guard import lost_peer
 from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
+from rlft.run.guard import lost_peer
 from tests.reliability.runs import digest, leftovers, newest
 from tests.tiny import char_tokenizer, tiny_llama
 

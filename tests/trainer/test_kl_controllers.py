@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft import Objective, Trainer, _controllers, display, kl, losses
+from rlft import Objective, Trainer, kl, losses
 from rlft.config import ConfigError
+from rlft.run import controllers, display
 from rlft.types import Batch, LossOutput
 from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run
 
@@ -44,7 +45,7 @@ def test_beta_follows_the_logged_kl_wherever_it_sits(tmp_path: Path, objective: 
     assert t.kl_control is not None
     assert t.kl_control.controller.beta == pytest.approx(expected.beta, rel=1e-12)
     assert len({row["kl/beta"] for row in rows}) == 4
-    (weight,) = _controllers.weights(t.objective)
+    (weight,) = controllers.weights(t.objective)
     assert weight.beta == pytest.approx(expected.beta, rel=1e-12)
     assert t.objective.beta == pytest.approx(expected.beta, rel=1e-12)
     if weight.place == "loss":
@@ -147,9 +148,9 @@ def test_beta_stays_within_a_millionfold(tmp_path: Path, caplog: pytest.LogCaptu
 def control_of(rule: Any, *, reduce: Any, queue: Sequence[Any] = ()) -> Any:
     """A stand-in trainer around one controller, for sums over processes."""
     objective = Objective(losses.rloo, beta=0.1)
-    weight = _controllers.weights(objective)[0]
+    weight = controllers.weights(objective)[0]
     return SimpleNamespace(
-        kl_control=_controllers.Control(rule, weight), objective=objective, device=torch.device("cpu"), step=1,
+        kl_control=controllers.Control(rule, weight), objective=objective, device=torch.device("cpu"), step=1,
         accelerator=SimpleNamespace(reduce=reduce), source=SimpleNamespace(queue=list(queue)), is_main=True, told=set(),
     )  # fmt: skip
 
@@ -159,18 +160,18 @@ def test_the_measured_kl_is_summed_over_processes_before_it_is_divided() -> None
     other = torch.tensor([0.9, 1.0, 1.0], dtype=torch.float64)
     t = control_of(kl.ProportionalKL(0.1, 0.25, 10.0, 1.0), reduce=lambda sums, reduction: sums + other)
     t.kl_control.add(torch.tensor([0.1, 0.1, 0.1, 7.0]), torch.tensor([True, True, True, False]), 3)
-    assert _controllers.after_step(t) == {"kl/beta": 0.1}
+    assert controllers.after_step(t) == {"kl/beta": 0.1}
     assert t.kl_control.controller.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 10), rel=1e-7)
     assert t.objective.terms[0].hyper["beta"] == t.kl_control.controller.beta
     t.kl_control.add(torch.tensor([float("nan")]), torch.tensor([True]), 1)
     before = t.kl_control.controller
-    _controllers.after_step(t)  # a step that was skipped for NaN moves nothing
+    controllers.after_step(t)  # a step that was skipped for NaN moves nothing
     assert t.kl_control.controller == before
 
 
 def test_a_sum_with_one_beta_is_moved_and_the_objective_given_is_not_touched() -> None:
     given = 0.5 * Objective(losses.reinforce, advantage="leave_one_out", kl="loss", kl_value="k2", beta=0.1)
-    moved = _controllers.with_beta(given, 0.2)
+    moved = controllers.with_beta(given, 0.2)
     assert [term.weight for term in moved.terms] == pytest.approx([0.5, 0.1])
     assert [term.weight for term in given.terms] == pytest.approx([0.5, 0.05])
     assert (moved.beta, given.beta) == (0.2, 0.1)
@@ -234,4 +235,4 @@ def test_two_betas_are_refused() -> None:
     both = Objective(losses.rloo, beta=0.1) + Objective(losses.agro_off_policy, beta=0.2)
     config: Any = SimpleNamespace(kl_controller=HALVE)
     with pytest.raises(ConfigError, match="moves one beta, and objective 'rloo \\+ agro_off_policy' has 2"):
-        _controllers.check(config, both)
+        controllers.check(config, both)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlft import _floor, _meter
-from rlft._shares import NAMES, draw_shares, phase_seconds, share_table
 from rlft.metrics import comparable, read_metrics
 from rlft.models import LoraSettings, Policy, add_lora
+from rlft.report.shares import NAMES, draw_shares, phase_seconds, share_table
+from rlft.run import floor
+from rlft.run import meter as _meter
 from tests.test_trainer import PAIRS, PROMPTS, digits_reward, trainer
 from tests.tiny import random_batch, tiny_llama
 
@@ -179,7 +180,7 @@ def test_operations_are_those_that_torch_counts(lora: bool) -> None:
     if lora:
         model = add_lora(model, LoraSettings(r=4))
     policy = Policy(model, reference="none", layout="padded")
-    cost = _floor.model_cost(policy, mixed_precision="no")
+    cost = floor.model_cost(policy, mixed_precision="no")
     assert cost is not None
     ids = torch.randint(4, 90, (1, 24), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
@@ -198,18 +199,18 @@ def test_known_devices_by_their_names() -> None:
         "NVIDIA A100-PCIE-40GB": 1.555e12, "NVIDIA L4": 0.3e12, "NVIDIA L40S": 0.864e12, "Tesla T4": 0.32e12,
     }  # fmt: skip
     for name, bandwidth in names.items():
-        device = _floor.device_named(name)
+        device = floor.device_named(name)
         assert device is not None
         assert device.bandwidth == bandwidth, name
     for name in ("NVIDIA GeForce GT 1030", "NVIDIA L400", "cpu"):
-        assert _floor.device_named(name) is None
+        assert floor.device_named(name) is None
 
 
 def test_mfu_and_the_floor_by_hand(clock: Any) -> None:
     """A device of 1e9 operations and 1e6 bytes per second, a model of 1000 operations a token."""
     meter = _meter.Meter(torch.device("cpu"))
-    meter._peak = _floor.Device(half=2e9, single=1e9, bandwidth=1e6)
-    meter._cost = _floor.ModelCost(trunk=1000, pair=2, head=500, bytes=4000, backward=2, head_backward=2, half=False)
+    meter._peak = floor.Device(half=2e9, single=1e9, bandwidth=1e6)
+    meter._cost = floor.ModelCost(trunk=1000, pair=2, head=500, bytes=4000, backward=2, head_backward=2, half=False)
     with meter.phase("sample"):
         clock(1.0)
     meter.sampled([10, 30])

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft import Config, Trainer, _micro, losses, recipes
+from rlft import Config, Trainer, losses, recipes
 from rlft._terms import split_signature
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.models import Policy
 from rlft.objective import Objective
+from rlft.run import micro
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, digest, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 
@@ -301,7 +302,7 @@ def test_keeping_them_is_refused_where_none_is_dropped(tmp_path: Path) -> None:
 def test_a_budget_is_kept_and_groups_stay_whole() -> None:
     batch = random_batch(groups=12, per_group=3, prompt_lengths=(1, 20), lengths=(1, 12), seed=3)
     for budget in (1, 60, 100, 400, 10_000):
-        pieces = _micro.by_tokens(batch, budget)
+        pieces = micro.by_tokens(batch, budget)
         assert sorted(torch.cat(pieces).tolist()) == list(range(batch.num_rows))
         groups = [set(batch.group_ids[rows].tolist()) for rows in pieces]
         assert sum(map(len, groups)) == batch.num_groups, "no group is in two pieces"
@@ -309,8 +310,8 @@ def test_a_budget_is_kept_and_groups_stay_whole() -> None:
             part = batch.select(rows)
             longest = (part.prompt_mask.sum(-1)[part.group_ids] + part.completion_mask.sum(-1)).max()
             assert len(rows) * longest <= budget or len(inside) == 1
-    assert len(_micro.by_tokens(batch, 1)) == 12
-    assert len(_micro.by_tokens(batch, 10_000)) == 1
+    assert len(micro.by_tokens(batch, 1)) == 12
+    assert len(micro.by_tokens(batch, 10_000)) == 1
 
 
 @pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("sft", ANSWERS), ("agro_off_policy", RANKED)])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlft import Trainer, _ref_cache
+from rlft import Trainer
 from rlft.config import ConfigError
 from rlft.metrics import comparable, read_metrics
 from rlft.models.reference import Reference
+from rlft.run import ref_cache
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, THUMBS, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -145,7 +146,7 @@ def test_what_decides_the_numbers_is_in_the_key(tmp_path: Path, passes: list[int
 
 def test_versions_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
     run(tmp_path / "0", held_out=None, max_steps=1)
-    monkeypatch.setattr(_ref_cache, "FORMAT", 2)
+    monkeypatch.setattr(ref_cache, "FORMAT", 2)
     passes.clear()
     run(tmp_path / "1", held_out=None, max_steps=1)
     assert passes

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft import Objective, Trainer, display, losses
+from rlft import Objective, Trainer, losses
 from rlft.config import ConfigError
 from rlft.losses.importance import importance_weights
 from rlft.models import Policy
 from rlft.models.vocabulary import train_tokenizer
 from rlft.rollout import FastSampler, Rollout, SamplingParams
+from rlft.run import display
 from rlft.types import Batch, LossOutput
 from tests.tiny import EOS_ID, char_tokenizer, tiny_llama
 from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run

@@ -66,7 +66,7 @@ def ld_dpo(
         "rewards/chosen": reward.detach().where(is_chosen & member, nan),
         "rewards/rejected": reward.detach().where(~is_chosen & member, nan),
         "rewards/margins": margin.detach().where(member, nan),
-        "rewards/accuracies": (margin > 0).to(reward.dtype).where(member, nan),
+        "rewards/accuracies": (margin > 0).where(member, nan),
         "logps/chosen": row_logps.where(is_chosen & member, nan),
         "logps/rejected": row_logps.where(~is_chosen & member, nan),
     }
@@ -179,7 +179,7 @@ def unlikelihood(
         raise ValueError(f"labels must be bool (True = desirable), got {labels.dtype}; pass labels.bool()")
     good, bad = labels.unsqueeze(-1) & mask, ~labels.unsqueeze(-1) & mask
     # Rounding can leave a log-prob slightly above zero; p cannot exceed one.
-    against = -_base.log1mexp(logps.where(bad, -1.0).clamp(max=0.0) + math.log1p(-eps))
+    against = -_base.log1mexp(logps.clamp(max=0.0) + math.log1p(-eps))
     loss = (-logps).where(good, 0.0) + weight * against.where(bad, 0.0)
     nan = torch.full_like(loss, torch.nan).where(mask, 0.0)
     metrics = {"nll_loss": -logps.detach().where(good, nan), "unlikelihood": against.detach().where(bad, nan)}

@@ -94,5 +94,5 @@ def aot_unpaired(
 
 def _matched(values: Tensor, to: Tensor) -> Tensor:
     """``values`` reordered so that each stands where ``to`` has the entry of the same rank."""
-    ranks = to.detach().argsort(stable=True).argsort(stable=True)
-    return values[values.detach().argsort(stable=True)][ranks]
+    ranks = to.argsort(stable=True).argsort()
+    return values[values.argsort(stable=True)][ranks]

@@ -243,7 +243,7 @@ def _check_rank(weights: Path, config: dict[str, Any]) -> None:
         raise ValueError(
             f"{weights} is not a safetensors file that can be read ({error}); save the adapter again"
         ) from None
-    if ranks and not config.get("rank_pattern") and ranks != {config.get("r")}:
+    if ranks and not config.get("rank_pattern") and any(rank != config.get("r") for rank in ranks):
         raise ValueError(
             f"{weights.parent / 'adapter_config.json'} says rank r={config.get('r')!r:.40} and the stored tensors have "
             f"{', '.join(map(str, sorted(ranks)))}; use the config that was saved with them"

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import _check, _guard, kl, reduce
+from rlft import _check, kl, reduce
 from rlft._terms import REFERENCE
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective, _exact_kl_loss, _sampled_kl_loss
+from rlft.run import guard
 from rlft.source import OnlineSource
 from rlft.types import Batch, LossOutput
 
@@ -249,7 +250,7 @@ def after_step(trainer: Trainer) -> dict[str, float]:
     moved = control.controller.update(total / count, samples=samples)
     low, high = control.start / RANGE, control.start * RANGE
     if not low <= moved.beta <= high:
-        _guard.told(
+        guard.told(
             trainer,
             "beta",
             f"step {trainer.step}: the KL controller asks for beta={moved.beta:.3g}, a millionfold from its start "

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import _guard, _state, display
 from rlft.checkpoint import CheckpointError
+from rlft.run import display, guard, state
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def before(trainer: Trainer) -> None:
         if trainer.config.checks_itself(name):
             started = time.perf_counter()
             said = check(trainer)
-            _guard.agree(trainer, None if said is None else failed(name, said))
+            guard.agree(trainer, None if said is None else failed(name, said))
             spent[name] = time.perf_counter() - started
     if spent:
         parts = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in spent.items())
@@ -77,7 +77,7 @@ def reference(trainer: Trainer) -> str | None:
     """The reference is the policy as it was passed, so both give the same log-probs."""
     if getattr(trainer.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
         return None
-    from rlft import online
+    from rlft.run import online
 
     batch = probe_batch(trainer, trainer.train_data.examples[:2])
     outputs = online.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}))
@@ -183,7 +183,7 @@ def trainable(trainer: Trainer) -> str | None:
             f"every LoRA target should match a layer, got {', '.join(map(repr, missed))} in target_modules that match none; "
             f"those layers would not train. Correct the names, or use all-linear"
         )
-    if _guard.sharded(trainer) or trainer.trust_step is not None:  # whose optimizer holds the critic alone
+    if guard.sharded(trainer) or trainer.trust_step is not None:  # whose optimizer holds the critic alone
         return None
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in trainer.policy.named_parameters() if p.requires_grad}
@@ -226,7 +226,7 @@ def memory(trainer: Trainer) -> str | None:
     )
     if wanted > 2 * free:  # the estimate is right within a factor of two
         return f"{text}: even half of the estimate would not fit. {remedy}"
-    _guard.told(trainer, "memory", f"{text} (a rough estimate). If the run ends out of memory: {remedy}")
+    guard.told(trainer, "memory", f"{text} (a rough estimate). If the run ends out of memory: {remedy}")
     return None
 
 
@@ -264,7 +264,7 @@ def _cgroup(folder: Path) -> int | None:
 def dry_checkpoint(trainer: Trainer) -> str | None:
     """A whole checkpoint can be written here and read back: disk, permissions, and what is in it."""
     try:
-        wrong = _state.rehearse(trainer)
+        wrong = state.rehearse(trainer)
     except (CheckpointError, OSError) as error:
         return f"a checkpoint could not be written and read back: {str(error).rstrip('.')}. Make room, or set another output_dir"
     if wrong is None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import _pairwise, _parts, checkpoint, online, reduce, setup
+from rlft import checkpoint, reduce
 from rlft._failpoint import instant
 from rlft.metrics import MetricSums
+from rlft.run import online, pairwise, parts, setup
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     """
     data = trainer.eval_data
     if dataset is not None:
-        rows = _parts.load(trainer.config, "eval_data", dataset)
-        data = _parts.tokenized(trainer.config, rows, trainer.tokenizer, online=trainer.online)
+        rows = parts.load(trainer.config, "eval_data", dataset)
+        data = parts.tokenized(trainer.config, rows, trainer.tokenizer, online=trainer.online)
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
     kept, rng = trainer.metrics, checkpoint.rng_state()
@@ -62,7 +63,7 @@ def _online(trainer: Trainer, examples: list[Any]) -> None:
         if trainer.judge is None:
             rewards, name = online.score_rollout(trainer, chunk, sampled).double(), "reward"
         else:
-            rewards, name = _pairwise.win_rate_of_greedy(trainer, chunk, sampled), "judge/win_rate"
+            rewards, name = pairwise.win_rate_of_greedy(trainer, chunk, sampled), "judge/win_rate"
         everything = torch.ones(len(chunk), dtype=torch.bool)
         trainer.metrics.add(name, rewards, ~torch.isnan(rewards))
         lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
@@ -86,7 +87,7 @@ def _offline(trainer: Trainer, examples: list[Any]) -> None:
         batch = collate(chunk, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards)
         batch = setup.with_columns(batch, chunk, trainer.objective).to(trainer.device)
         batch = trainer.ref_logps.fill(batch, chunk)
-        batch = trainer.objective.prepare(online.fill_constants(trainer, batch))
+        batch = trainer.objective.prepare(online.fill_constants(trainer, batch, alone=True))
         outputs = trainer.forward(batch, trainer._wanted(batch))
         _, results = trainer.objective.compute(outputs, batch, trainer.objective.denominators(batch))
         for term, result in zip(trainer.objective.terms, results, strict=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlft import _guard, _selfcheck, display
+from rlft.run import display, guard, selfcheck
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class FirstStep:
         self.ratio = trainer.config.checks_itself("on_policy") and trainer.online
         started = time.perf_counter()
         # sharded weights and gradients are not whole on any process
-        self.tensors = self.whole and not _guard.sharded(trainer)
+        self.tensors = self.whole and not guard.sharded(trainer)
         self.frozen = self._fingerprints(frozen=True) if self.tensors else {}
         self.trained = self._fingerprints(frozen=False) if self.tensors else {}
         self._reset()
@@ -121,11 +121,11 @@ class FirstStep:
         gap = (logps.double() - old.double()).expm1().abs()[batch.mask]
         if not bool(torch.isfinite(gap).all()):
             return None  # NaN is the guard's matter, which names the step
-        exact = _selfcheck.exact(self.trainer)
+        exact = selfcheck.exact(self.trainer)
         value, bound = (float(gap.max()), RATIO) if exact else (float(gap.mean()), ROUGH_RATIO)
         if value <= bound:
             return None
-        return _selfcheck.failed(
+        return selfcheck.failed(
             "on_policy",
             f"samples that were just drawn should have importance ratio 1, got {'up to' if exact else 'a mean of'} "
             f"{value:.3g} away from it (bound {bound:g}); likely causes: dropout in training (disable_dropout: false), layers "
@@ -149,7 +149,7 @@ class FirstStep:
                 said = said or self._wrong_count(total, "its losses saw")
         if self.tensors:
             said = said or self._without_gradient()
-        _guard.agree(self.trainer, said)
+        guard.agree(self.trainer, said)
         self.spent += time.perf_counter() - started
 
     def _over_processes(self, counts: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class FirstStep:
             self.trainer.objective.terms, counted.tolist(), self.divided.tolist(), strict=True
         ):
             if mine != theirs:
-                return _selfcheck.failed(
+                return selfcheck.failed(
                     "first_step",
                     f"term {term.name!r} was divided by {theirs:g}, but {where} {mine:g} "
                     f"({term.reduction}); likely causes: a stage that changes Batch.mask after the count, or an override of "
@@ -174,7 +174,7 @@ class FirstStep:
         missing = [name for name, p in named if p.grad is None]
         if not missing:
             return None
-        return _selfcheck.failed(
+        return selfcheck.failed(
             "first_step",
             f"every trained tensor should have a gradient, but {len(missing)} of {len(named)} have none ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); likely causes: an adapter that is not active, layers that the text path "
@@ -195,7 +195,7 @@ class FirstStep:
         """
         started = time.perf_counter()
         said = self._wrongly_moved(moved) if self.tensors else None
-        _guard.agree(self.trainer, said)
+        guard.agree(self.trainer, said)
         self.spent += time.perf_counter() - started
         if not moved:
             self._reset()
@@ -207,7 +207,7 @@ class FirstStep:
         now = self._fingerprints(frozen=True)
         changed = [name for name, value in self.frozen.items() if name not in now or not torch.equal(now[name], value)]
         if changed:
-            return _selfcheck.failed(
+            return selfcheck.failed(
                 "first_step",
                 f"frozen tensors should not change, but {len(changed)} of {len(self.frozen)} did in the first step "
                 f"({', '.join(changed[:3])}); likely causes: an optimizer that holds them, an adapter merged into its base, or "
@@ -219,7 +219,7 @@ class FirstStep:
             and all(torch.equal(value, self.trained[name]) for name, value in self._fingerprints(frozen=False).items())
         ):
             rate = self.trainer.optimizer.param_groups[0]["lr"]
-            return _selfcheck.failed(
+            return selfcheck.failed(
                 "first_step",
                 f"an update with a gradient should change a trained tensor, but none of {len(self.trained)} did; likely causes: "
                 f"an optimizer made for other tensors, or a learning rate (now {rate:g}) below the resolution of the weights. "

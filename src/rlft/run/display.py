@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlft import _controllers, _correction, _pairwise
 from rlft._redact import redact
+from rlft.run import controllers, correction, pairwise
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -65,15 +65,15 @@ def facts(trainer: Trainer) -> dict[str, str]:
     trainable = sum(t.numel() for t in trainer.policy.parameters() if t.requires_grad)
     total = sum(t.numel() for t in trainer.policy.parameters())
     rows = dict(trainer.objective.describe())
-    if (controller := _controllers.describe(trainer)) is not None:
+    if (controller := controllers.describe(trainer)) is not None:
         rows["KL controller"] = controller
-    if (options := _correction.settings(c)) is not None:
+    if (options := correction.settings(c)) is not None:
         rows["sampler correction"] = ", ".join(f"{name} {value}" for name, value in options.items())
     rows["reference"] = getattr(trainer.policy, "reference_kind", "none").replace("_", " ")
     if c.precompute_ref_log_probs:
-        from rlft import _ref_cache
+        from rlft.run import ref_cache
 
-        rows["reference"] += f", log-probs kept in {_ref_cache.folder(trainer)}"
+        rows["reference"] += f", log-probs kept in {ref_cache.folder(trainer)}"
     rows["trains"] = f"{_count(trainable)} of {_count(total)} weights ({trainable / max(1, total):.1%})"
     data = trainer.train_data
     rows["data"] = f"{len(data.examples)} {data.format} rows" + (
@@ -89,7 +89,7 @@ def facts(trainer: Trainer) -> dict[str, str]:
                 name if weight == 1 else f"{weight:g} x {name}"
                 for name, weight in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
             )
-        rows |= _pairwise.describe(trainer)
+        rows |= pairwise.describe(trainer)
     else:
         rows["per step"] = f"{p.groups_per_step * trainer.world_size} examples"
     rows["tokens per step"] = f"about {_count(_tokens_per_step(trainer))}"

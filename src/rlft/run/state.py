@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import _controllers, checkpoint, display
+from rlft import checkpoint
 from rlft._failpoint import instant, within
 from rlft._files import disk_trouble, move, remove_tree, replace_file, sync_dir, sync_file
 from rlft._redact import redact
@@ -25,6 +25,7 @@ from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
+from rlft.run import controllers, display
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def light(trainer: Trainer) -> Light:
     return Light(
         trainer.step,
         {name: getattr(trainer, name) for name in _COUNTERS}
-        | {"log_offset": trainer.metrics_log.offset, "kl_controller": _controllers.state(trainer)},
+        | {"log_offset": trainer.metrics_log.offset, "kl_controller": controllers.state(trainer)},
         copy.copy(trainer.source.state()),
         checkpoint.rng_state(),
         trainer.replay.state_dict() if trainer.replay is not None else None,
@@ -263,7 +264,7 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
     for name in _COUNTERS:
         if name in record:  # else written before there was such a counter
             setattr(trainer, name, record[name])
-    _controllers.load(trainer, record.get("kl_controller"))
+    controllers.load(trainer, record.get("kl_controller"))
     if "rng" in found.own:  # last: building anything above may draw random numbers
         checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
     return record["log_offset"]

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlft import _pairwise_rules
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
+from rlft.run import pairwise_rules
 
 if TYPE_CHECKING:
     pass
@@ -54,9 +54,9 @@ def plan(
         draws = micro * micro_steps // n
         updates = micro_steps // accumulation * config.num_iterations
         groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
-        if _pairwise_rules.wants_pairs(objective):
+        if pairwise_rules.wants_pairs(objective):
             # a pair is two rows; losses that compare all pairs of a step take them in one micro-batch
-            every = groups * _pairwise_rules.groups_per_prompt(config, objective)
+            every = groups * pairwise_rules.groups_per_prompt(config, objective)
             micro_groups = every if objective.couples_rows else max(1, micro // 2)
     else:
         draws = groups = micro * accumulation

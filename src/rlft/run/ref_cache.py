@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import display
 from rlft._files import hash_file, move, replace_file
 from rlft.checkpoint._tensorfile import read_tensors, tensor_bytes, write_tensors
+from rlft.run import display
 from rlft.types import Batch
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import _guard, _selfcheck
 from rlft.rollout import Rollout, SamplingParams
 from rlft.rollout.draw import filter_logits
+from rlft.run import guard, selfcheck
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -66,7 +66,7 @@ def verdict(trainer: Trainer) -> None:
         TrainingError: naming the drift, its likely causes and what to do; nothing was trained on those samples.
     """
     if trainer.online and trainer.config.sampler_check_steps:
-        _guard.agree(trainer, trainer.sampler_fault)
+        guard.agree(trainer, trainer.sampler_fault)
 
 
 def bound(trainer: Trainer) -> float:
@@ -74,7 +74,7 @@ def bound(trainer: Trainer) -> float:
     if trainer.config.sampler_check_bound is not None:
         return trainer.config.sampler_check_bound
     itself = getattr(trainer.sampler, "reads_live_weights", False) and trainer.config.sampler_correction is None
-    return EXACT if itself and _selfcheck.exact(trainer) else ROUGH
+    return EXACT if itself and selfcheck.exact(trainer) else ROUGH
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def policy_logps(
     """
     policy = trainer.policy
     if params.top_p == 1.0 and not params.top_k and not params.min_p and params.repetition_penalty == 1.0:
-        batch = _selfcheck.batch_of(trainer, list(zip(prompts, answers, strict=True)))
+        batch = selfcheck.batch_of(trainer, list(zip(prompts, answers, strict=True)))
         logps = policy(batch, want=frozenset({"logps"}), temperature=params.temperature)["logps"]
         return logps[batch.mask].double().cpu()
     found = []

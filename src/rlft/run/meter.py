@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft._floor import Device, ModelCost, device_named, model_cost
 from rlft.models.layout import LayoutUsed
+from rlft.run.floor import Device, ModelCost, device_named, model_cost
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import _meeting
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
+from rlft.run import meeting
 
 if TYPE_CHECKING:
     pass
@@ -49,7 +49,7 @@ def accelerator_for(config: Config) -> Any:
         )
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'no'")
-    _meeting.meet()
+    meeting.meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlft import _guard
-from rlft._pairwise_rules import plays, wants_pairs
 from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.objective import Objective
@@ -25,6 +23,8 @@ from rlft.rewards import RewardError, RewardOutput
 from rlft.rollout import Rollout, Sampler, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
+from rlft.run import guard
+from rlft.run.pairwise_rules import plays, wants_pairs
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _record_pairs(trainer: Trainer, pairs: Pairs, won: Tensor) -> None:
     trainer.metrics.add("pairs/win_rate", won, pairs.alive)
     if bool(tied.any()):
         gap = trainer.config.pair_min_gap
-        _guard.told(
+        guard.told(
             trainer,
             "tied",
             f"step {trainer.step + 1}: {int(tied.sum())} of {int(comparable.sum())} pairs of answers are "
@@ -219,7 +219,7 @@ def _record_pairs(trainer: Trainer, pairs: Pairs, won: Tensor) -> None:
 # -- an opponent ------------------------------------------------------------------------------------------------------------
 def _play(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Batch, *, seed: int) -> Batch:
     """Every answer meets one of the opponent's; ``win_rates`` is the probability that it wins."""
-    from rlft import online
+    from rlft.run import online
 
     n = trainer.config.num_generations
     repeated = [e for e in examples for _ in range(n)]
@@ -260,7 +260,7 @@ def compare(trainer: Trainer, repeated: Sequence[Any], ours: Rollout, theirs: Ro
 
     Which of the two it sees first is drawn at random, so that a judge with a liking for a place is fair on average.
     """
-    from rlft import online
+    from rlft.run import online
 
     keys = row_keys(fold_seed(seed, stream="judge"), len(repeated), 1)
     swapped = (uniforms(keys, torch.zeros_like(keys)) < 0.5).tolist()
@@ -274,7 +274,7 @@ def compare(trainer: Trainer, repeated: Sequence[Any], ours: Rollout, theirs: Ro
 
 def _round_robin(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, usable: Tensor) -> Tensor:
     """``[P, n, n]``, the probability that answer i beats answer j: every two usable answers meet once; else NaN."""
-    from rlft import online
+    from rlft.run import online
 
     n = trainer.config.num_generations
     repeated = [e for e in examples for _ in range(n)]
@@ -336,7 +336,7 @@ def _ask(
 def _called(
     trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
 ) -> RewardOutput:
-    from rlft import online
+    from rlft.run import online
 
     assert trainer.judge is not None
     columns = online.columns(examples)
@@ -354,7 +354,7 @@ def _called(
 
 def win_rate_of_greedy(trainer: Trainer, examples: Sequence[Any], sampled: Rollout) -> Tensor:
     """For evaluation: how often a greedy answer beats the reference's greedy answer, by the judge; ``[B]``."""
-    from rlft import online
+    from rlft.run import online
 
     assert trainer.baseline is not None
     theirs = trainer.baseline.sample(

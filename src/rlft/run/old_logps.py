@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlft import _guard, _selfcheck
+from rlft.run import guard, selfcheck
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def agree(trainer: Trainer, batch: Batch, scored: Tensor, noted: Tensor) -> bool
     """
     gap = (scored - noted).abs()[batch.completion_mask]
     worst = gap.max().double() if gap.numel() else torch.zeros((), dtype=torch.float64)
-    apart = (~(worst <= _selfcheck.EXACT)).double().reshape(1).to(trainer.device)  # NaN does not agree either
+    apart = (~(worst <= selfcheck.EXACT)).double().reshape(1).to(trainer.device)  # NaN does not agree either
     trainer.sampler_agrees = float(trainer.accelerator.reduce(apart, reduction="sum")) == 0
     if not trainer.sampler_agrees:
-        _guard.told(
+        guard.told(
             trainer,
             "sampler logps",
             f"step {trainer.step + 1}: log-probs noted while sampling and those of the policy differ by up to "
-            f"{float(worst):.2g} nats (bound {_selfcheck.EXACT:g}), so old log-probs are scored again for every generation "
+            f"{float(worst):.2g} nats (bound {selfcheck.EXACT:g}), so old log-probs are scored again for every generation "
             f"(slower)",
         )
     return trainer.sampler_agrees

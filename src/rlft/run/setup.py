@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft import _micro, _pairwise, _pairwise_rules, display, recipes
-from rlft._checks import check_data, check_settings
-from rlft._parts import (
+from rlft import recipes
+from rlft.config import Config, ConfigError
+from rlft.metrics import MetricSums
+from rlft.objective import Objective
+from rlft.run import display, micro, pairwise, pairwise_rules
+from rlft.run.checks import check_data, check_settings
+from rlft.run.parts import (
     accelerator_for,
     adamw,
     critic_for,
@@ -26,10 +30,7 @@ from rlft._parts import (
     tokenized,
     tokenizer_for,
 )
-from rlft._plan import Plan, plan
-from rlft.config import Config, ConfigError
-from rlft.metrics import MetricSums
-from rlft.objective import Objective
+from rlft.run.plan import Plan, plan
 from rlft.source import OfflineSource, OnlineSource, Refill, Source
 from rlft.types import Batch
 
@@ -54,7 +55,7 @@ class Parts:
     eval_data: Any
     rewards: Any
     judge: Any
-    players: _pairwise.Players
+    players: pairwise.Players
     sampler: Any
     replay: Any
     plan: Plan
@@ -180,7 +181,7 @@ def build(
         eval_data=held_out,
         rewards=rewards,
         judge=judge,
-        players=_pairwise.players(
+        players=pairwise.players(
             config, objective, policy, tokenizer, judged=judge is not None and held_out is not None
         ),
         sampler=sampler,
@@ -213,14 +214,14 @@ def source(trainer: Trainer) -> Source:
     )
 
     def split(batch: Batch) -> list[Batch]:
-        return _micro.split(trainer, batch)
+        return micro.split(trainer, batch)
 
-    each = _pairwise_rules.groups_per_prompt(c, trainer.objective) if trainer.online else 1
-    thinned = trainer.online and (_pairwise_rules.wants_pairs(trainer.objective) or c.keep != "all")
+    each = pairwise_rules.groups_per_prompt(c, trainer.objective) if trainer.online else 1
+    thinned = trainer.online and (pairwise_rules.wants_pairs(trainer.objective) or c.keep != "all")
 
     def cut(batch: Batch) -> list[Batch]:
         pieces = batch.split_groups(p.groups_per_step * each)
-        return [_pairwise.alive(piece) for piece in pieces] if thinned else pieces
+        return [pairwise.alive(piece) for piece in pieces] if thinned else pieces
 
     if trainer.online:
         return OnlineSource(
@@ -246,7 +247,7 @@ def trust_step(trainer: Trainer) -> Any:
     """What moves the policy in place of the optimizer, where the objective has a trust region; else None."""
     if trainer.objective.trust_region is None:
         return None
-    from rlft._trust_step import TrustStep
+    from rlft.run.trust_step import TrustStep
 
     return TrustStep(trainer)
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import _controllers, _guard, _old_logps, _pairwise, _pairwise_rules, _watchdog, reduce, setup
+from rlft import reduce
 from rlft._failpoint import instant
 from rlft._terms import BEHAVIOUR, REFERENCE
 from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
+from rlft.run import controllers, guard, pairwise, pairwise_rules, setup, watchdog
+from rlft.run import old_logps as _old_logps
 from rlft.source import OnlineSource
 from rlft.types import Batch
 
@@ -68,7 +70,7 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
     """
     n, params = trainer.config.num_generations, sampling_params(trainer)
     # both answers of a pair come from the mixture where there is one; an answer that meets an opponent, from the policy
-    mixture = trainer.opponent if _pairwise_rules.wants_pairs(trainer.objective) else None
+    mixture = trainer.opponent if pairwise_rules.wants_pairs(trainer.objective) else None
     sampler = trainer.sampler if mixture is None else mixture
     with trainer.meter.phase("sample"), instant("train.sample"):
         sampled = sampler.sample(
@@ -81,7 +83,7 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
         )
     trainer.meter.sampled([len(ids) for ids in sampled.completion_ids])
     if mixture is None:
-        _watchdog.watch(trainer, examples, sampled, params)
+        watchdog.watch(trainer, examples, sampled, params)
     repeated = [e for e in examples for _ in range(n)]
     if trainer.judge is None:
         rewards = score_rollout(trainer, repeated, sampled)
@@ -92,7 +94,7 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
     _record_samples(trainer, sampled, rewards, n)
     batch = to_batch(trainer, examples, sampled, rewards)
     _watch_masked(trainer, batch)
-    return _pairwise.complete(trainer, examples, sampled, batch, seed=seed)
+    return pairwise.complete(trainer, examples, sampled, batch, seed=seed)
 
 
 def decoded(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout) -> list[Any]:
@@ -176,8 +178,10 @@ def _padded(trainer: Trainer, logps: Sequence[Sequence[float]]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
+def fill_constants(trainer: Trainer, batch: Batch, *, alone: bool = False) -> Batch:
     """Old and reference log-probs, values and the KTO baseline, each only where something needs it before the forward.
+
+    ``alone``: do not wait for other processes, which in an evaluation may have fewer batches.
 
     With one optimizer step per generation the policy that sampled is the policy that is trained: old log-probs are the
     forward pass's own, and the reference is scored inside it. No pass is spent twice.
@@ -210,11 +214,11 @@ def fill_constants(trainer: Trainer, batch: Batch) -> Batch:
             if _old_logps.agree(trainer, batch, outputs["logps"], noted):
                 batch = batch.replace(old_logps=noted)  # from the first generation on, so that all are made alike
     if in_reward:
-        _controllers.observe_reward(trainer, batch)
+        controllers.observe_reward(trainer, batch)
     if reused and BEHAVIOUR & objective.needs:
         trainer.policy.remember_behaviour()
     if "kl_baseline" in objective.needs:
-        baseline = _kto_baseline(trainer, batch)
+        baseline = _kto_baseline(trainer, batch, alone=alone or trainer.world_size == 1)
         batch = batch.replace(extras={**batch.extras, "kl_baseline": baseline.expand(batch.num_rows).contiguous()})
     return batch
 
@@ -251,18 +255,37 @@ def _widened(values: Tensor, width: int) -> Tensor:
     return pad(values, (*(0, 0) * (values.ndim - 2), 0, width - values.shape[1]))
 
 
-def _kto_baseline(trainer: Trainer, batch: Batch) -> Tensor:
-    """KTO's z0: log-ratio of mismatched pairs (prompt i, answer i+1), mean over all processes, one number per step."""
-    if batch.num_groups < 2:
-        raise TrainingError("KTO compares answers with other prompts: give it at least 2 examples per step and process")
-    shifted = (batch.group_ids + 1) % batch.num_groups
-    mismatched = batch.replace(group_ids=shifted, extras={})
+def _kto_baseline(trainer: Trainer, batch: Batch, *, alone: bool) -> Tensor:
+    """KTO's z0: mean log-ratio of mismatched pairs (answer i, prompt i+1) of the step, one number for all processes.
+
+    The prompt after the last one is the next process's first: the pairs do not depend on how many processes there are.
+    """
+    if alone and batch.num_groups < 2:
+        raise TrainingError("KTO compares answers with other prompts: give it at least 2 examples per step")
+    prompts, masks = (batch.prompt_ids, batch.prompt_mask) if alone else _with_next_prompt(trainer, batch)
+    mismatched = batch.replace(
+        prompt_ids=prompts, prompt_mask=masks, group_ids=(batch.group_ids + 1) % len(prompts), extras={}
+    )
     outputs = no_grad_outputs(trainer, mismatched, frozenset({"logps", "ref_logps"}))
     log_ratio = reduce.sequence_sum(outputs["logps"] - outputs["ref_logps"], batch.mask)
     alive = batch.mask.any(-1)
     both = torch.stack([log_ratio.where(alive, 0.0).sum().double(), alive.sum().double()]).to(trainer.device)
-    both = trainer.accelerator.reduce(both, reduction="sum")
+    if not alone:
+        both = trainer.accelerator.reduce(both, reduction="sum")
     return (both[0] / both[1].clamp(min=1)).clamp(min=0).to(log_ratio.dtype).to(batch.device)
+
+
+def _with_next_prompt(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Prompts of this process and the first one of the next process, ``[G + 1, L]`` and its mask."""
+    pads = trainer.accelerator.pad_across_processes
+    first = torch.stack([batch.prompt_ids[0], batch.prompt_mask[0].long()])[None].to(trainer.device)
+    every = trainer.accelerator.gather(pads(first, dim=2)).to(batch.device)
+    ids, mask = every[(trainer.rank + 1) % trainer.world_size]
+    wider = ids.shape[0] - batch.prompt_ids.shape[1]
+    return (
+        torch.cat([pad(batch.prompt_ids, (0, wider)), ids[None]]),
+        torch.cat([pad(batch.prompt_mask, (0, wider), value=False), mask[None].bool()]),
+    )
 
 
 def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int) -> None:
@@ -297,14 +320,14 @@ def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
     trainer.equal_steps = trainer.equal_steps + 1 if groups and count == groups else 0
     if not count or trainer.objective.min_group < 2:  # without a baseline from siblings, equal rewards still teach
         return
-    _guard.told(
+    guard.told(
         trainer,
         "equal",
         f"step {trainer.step + 1}: {count} of {groups} groups earn equal rewards, so their advantage is 0 "
         f"(frac_reward_zero_std counts them; dynamic_sampling: true draws others)",
     )
     if trainer.equal_steps == EQUAL_STEPS:
-        _guard.told(
+        guard.told(
             trainer,
             "all equal",
             f"step {trainer.step + 1}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
@@ -317,7 +340,7 @@ def watch_flips(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Say once when the likelihood-ratio term lowers the probability of many good answers; ``values`` are logged ones."""
     share = values.get("agro/flip_fraction", 0.0)
     if share > FLIP_SHARE and any(term.lr_coef for term in trainer.objective.terms):
-        _guard.told(
+        guard.told(
             trainer,
             "flips",
             f"step {trainer.step}: {share:.0%} of the answers have A > 2 beta (agro/flip_fraction, more than {FLIP_SHARE:.0%}); "
@@ -330,7 +353,7 @@ def _watch_masked(trainer: Trainer, batch: Batch) -> None:
     alive = batch.mask.any(-1)
     trainer.all_masked = not bool(alive.any())
     if not bool(alive.all()):
-        _guard.told(
+        guard.told(
             trainer,
             "masked",
             f"step {trainer.step + 1}: {int((~alive).sum())} of {batch.num_rows} answers have no token to train on "

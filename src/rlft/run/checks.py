@@ -6,10 +6,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from rlft import _controllers, _correction, _pairwise_rules, losses
+from rlft import losses
 from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
+from rlft.run import controllers, correction, pairwise_rules
 
 if TYPE_CHECKING:
     pass
@@ -44,7 +45,7 @@ def check_settings(
     defaults = Config()
     rewarded = bool(config.rewards) if rewarded is None else rewarded
     judged = config.judge is not None if judged is None else judged
-    _pairwise_rules.check(config, objective, online=online, rewarded=rewarded, judged=judged)
+    pairwise_rules.check(config, objective, online=online, rewarded=rewarded, judged=judged)
     if not online:
         idle = [name for name in _SAMPLING if getattr(config, name) != getattr(defaults, name)]
         if idle or config.reward_weights is not None:
@@ -52,7 +53,7 @@ def check_settings(
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it"
             )
-    if online and not ({"rewards", "advantages"} & objective.needs or _pairwise_rules.fits(config, objective)):
+    if online and not ({"rewards", "advantages"} & objective.needs or pairwise_rules.fits(config, objective)):
         raise ConfigError(
             f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy"
         )
@@ -101,14 +102,14 @@ def check_settings(
                 f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
                 f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
             )
-        if objective.needs_groups and micro % n and not _pairwise_rules.wants_pairs(objective):
+        if objective.needs_groups and micro % n and not pairwise_rules.wants_pairs(objective):
             raise ConfigError(
                 f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
                 f"a multiple of num_generations={n}; raise it, or lower num_generations"
             )
         check_on_policy(config, objective)
-        _controllers.check(config, objective)
-        _correction.check(config, objective)
+        controllers.check(config, objective)
+        correction.check(config, objective)
     elif objective.kl == "reward" or objective.advantage == "gae":
         raise ConfigError(
             f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online"
