@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from rlft import _check
+from rlft import _check, recipes
 from rlft._redact import secret_keys
 
 __all__ = ["SELF_CHECKS", "Config", "ConfigError", "load_config", "parse_overrides"]
@@ -503,6 +503,12 @@ class Config:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
+                objective = values.get("objective")
+                if isinstance(objective, str) and key in recipes.parameters(objective):
+                    raise ConfigError(
+                        f"{key!r} is a setting of objective {objective!r}; write objective_args: {{{key}: {values[key]!r}}} "
+                        f"(on the command line objective_args.{key}={values[key]})"
+                    )
                 raise ConfigError(f"unknown setting {key!r}{_check.suggestion(str(key), known)}")
         return cls(**values)
 

@@ -101,7 +101,7 @@ class Objective:
             known = [*keywords, *(["beta"] if kl else [])]
             word = next(iter(given))
             raise ValueError(
-                f"objective {self.name!r} does not use {word}={given[word]!r}{_check.suggestion(word, known or ['(none)'])}"
+                f"objective {self.name!r} does not use {word}={given[word]!r}{_check.suggestion(word, known) if known else ''}"
             )
 
     # -- construction -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from rlft import _check, losses
 from rlft.objective import Objective, entropy_bonus
 from rlft.trust_region import TrustRegion
 
-__all__ = ["RECIPES", "build", "names", "recipe"]
+__all__ = ["RECIPES", "build", "names", "parameters", "recipe"]
 
 RECIPES: dict[str, Callable[..., Objective]] = {}
 
@@ -123,6 +123,13 @@ def dro(*, beta: float, value_coef: float = 1.0) -> Objective:
 def names() -> list[str]:
     """Every objective reachable by name."""
     return sorted({*RECIPES, *losses.__all__})
+
+
+def parameters(name: str) -> list[str]:
+    """The hyper-parameters that an objective of that name takes; none for an unknown name."""
+    function = RECIPES.get(name) or getattr(losses, name if name in losses.__all__ else "", None)
+    found = inspect.signature(inspect.unwrap(function)).parameters.values() if function else ()
+    return [p.name for p in found if p.kind is p.KEYWORD_ONLY]
 
 
 def build(name: str, **hyper: Any) -> Objective:

@@ -29,7 +29,7 @@ from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, RANKED, trainer, var
 from tests.tiny import char_tokenizer, tiny_llama
 
 #: Seconds a case may take before its process is ended.
-PATIENCE = 90
+PATIENCE = 60
 NAN = math.nan
 CHAT = [
     {"prompt": [{"role": "user", "content": f"{i}"}], "completion": [{"role": "assistant", "content": "a"}]}

@@ -87,9 +87,10 @@ def test_found_by_mutation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     sound = (tmp_path / "x.arrow").read_bytes()
-    offsets = b"".join(i.to_bytes(4, "little") for i in (0, 1, 2))
+    offsets = b"".join(i.to_bytes(4, "little") for i in (0, 1, 2, 0)) + b"ab"
     assert sound.count(offsets) == 1
-    beyond = offsets[:8] + (2**30).to_bytes(4, "little")  # past the end of the text: reading it ended the process
+    # past the end of the text: reading it ended the process
+    beyond = offsets[:8] + (2**30).to_bytes(4, "little") + offsets[12:]
     (tmp_path / "x.arrow").write_bytes(sound.replace(offsets, beyond))
     with pytest.raises(ValueError, match="is no readable Arrow stream") as caught:
         load_rows(tmp_path / "x.arrow")

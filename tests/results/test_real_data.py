@@ -25,13 +25,13 @@ def test_polite_pairs(tmp_path: Path) -> None:
 
 
 def test_word_problems(tmp_path: Path) -> None:
-    """On every seed the reward of sampled answers rises. Held-out accuracy is reported; it must not be lost."""
+    """On every seed the reward of sampled answers rises; on average over seeds held-out accuracy does."""
     records = runs.each_seed(runs.word_problems, tmp_path, "word_problems")
     page.write()
     for name in runs.ONLINE:
         for record in records:
             assert record[name]["sampled_last"] > record[name]["sampled_first"] + 0.1, (name, record)
-        assert fmean(record[name]["all"] - record["sft"]["all"] for record in records) > -0.03, (name, records)
+        assert fmean(record[name]["all"] - record["sft"]["all"] for record in records) > 0.03, (name, records)
 
 
 def test_real_formats(tmp_path: Path) -> None:
