@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
     "sequence_mean": ("grpo", {"beta": 0.1}, RAGGED),
     "sequence_sum": ("rloo", {"beta": 0.1}, RAGGED),
     "fixed_length": ("dr_grpo", {"length": 9}, RAGGED),
+    "whitened": ("reinforce", {"advantage": "group_mean_batch_norm"}, RAGGED),
     "rows": ("kto", {"beta": 0.1}, THUMBS),
     "pairs": ("dpo", {"beta": 0.1}, PAIRS),
     "agro": ("agro_off_policy", {"beta": 0.1}, RAGGED),

@@ -219,7 +219,7 @@ def section(page: Path, title: str) -> str:
 
 KNOWN = {
     *recipes.names(), *(f for f in Config.__dataclass_fields__), *BUILTIN_REWARDS,
-    "label_smoothing", "group_norm", "group_mean", "leave_one_out", "gae",
+    "label_smoothing", "group_norm", "group_mean", "leave_one_out", "gae", "batch_norm", "group_mean_batch_norm", "reward_to_go",
     "sequence_sum", "sequence_mean", "token_mean", "fixed_length", "lr_coef", "lr_baseline", "objective_args",
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files"),
     "L1": ("types", "kl", "advantages"),
     "L2": ("losses", "ops", "trust_region", "worlds"),
-    "L3": ("_terms", "objective", "recipes", "catalogue"),
+    "L3": ("_advantage", "_terms", "objective", "recipes", "catalogue"),
     "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
     "L5": ("rollout",),
     "L6": ("run", "report", "doctor", "trainer"),

@@ -27,6 +27,7 @@ __all__ = [
     "group_mean_batch_norm",
     "group_norm",
     "leave_one_out",
+    "reward_to_go",
     "whiten",
 ]
 
@@ -293,6 +294,31 @@ def gae(
         next_value = values[:, t].where(here, next_value)
         advantages[:, t] = running.where(here, 0.0)
     return advantages, (advantages + values).where(mask, 0.0)
+
+
+def reward_to_go(
+    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """The discounted sum of the rewards from each token on: ``R_t = r_t + gamma R_{t+1}``.
+
+    What came before a token cannot depend on it, so leaving it out changes no expected gradient and takes variance off.
+    Masked slots inside a row are stepped over, undiscounted.
+
+    Args:
+        rewards: ``[B, T]`` reward of each token; a sequence reward sits on the last unmasked token.
+        mask: ``[B, T]`` True = a token that counts.
+        gamma: discount per token, in [0, 1].
+
+    Returns:
+        ``[B, T]``, zero where masked.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, unmasked entries that are not finite, or gamma outside [0, 1].
+
+    References:
+        Sutton et al. 1999, policy gradient methods for reinforcement learning with function approximation.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
 def whiten(

@@ -19,22 +19,17 @@ import torch
 from torch import Tensor
 
 from rlft import _check, advantages, kl, reduce
+from rlft._advantage import ADVANTAGES, SIBLINGS, Everyone, group_advantages, to_go, token_rewards
 from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, bind, probe, split_signature
 from rlft.trust_region import TrustRegion
 from rlft.types import Batch, LossOutput
 
 __all__ = ["ADVANTAGES", "Objective", "Term"]
 
-#: Group advantages by name; ``gae`` and ``given`` are handled apart because they need more than rewards.
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    "reward": lambda rewards, group_ids: rewards,
-    "group_mean": advantages.group_mean,
-    "leave_one_out": advantages.leave_one_out,
-    "group_norm": advantages.group_norm,
-}
 #: What a critic gives.
 VALUES = frozenset({"values", "old_values", "start_values"})
-_NEEDS_SIBLINGS = {"leave_one_out", "group_norm", "group_mean"}
+#: Advantages per token, which need more of a batch than rewards and groups.
+_PER_TOKEN: dict[str, Callable[..., Any]] = {"gae": advantages.gae, "reward_to_go": to_go}
 
 
 class Objective:
@@ -45,10 +40,10 @@ class Objective:
             glossary name (any other name is looked up in ``Batch.extras``), keyword-only ones hyper-parameters; returns
             a :class:`~rlft.types.LossOutput`, or an unreduced tensor ``[P]``, ``[B]`` or ``[B, T]``.
         advantage: how rewards become advantages when the loss asks for ``advantages``: ``reward``, ``group_mean``,
-            ``leave_one_out``, ``group_norm``, ``gae``, or a function of (rewards, group_ids).
+            ``leave_one_out``, ``group_norm``, ``batch_norm``, ``gae``, ``reward_to_go``, or a function of (rewards, group_ids).
         kl: where a KL term to the reference goes that the loss does not carry itself: ``None``, ``"reward"`` or ``"loss"``.
-        kl_value: estimator of its value: ``k1``, ``k2``, ``k3`` (the default) or ``exact``. Without ``kl`` this and
-            ``kl_gradient`` go to a loss that has them among its own settings, and are refused by any other.
+        kl_value: estimator of its value: ``k1`` (the default in the reward), ``k2``, ``k3`` (the default in the loss) or
+            ``exact``. Without ``kl`` this and ``kl_gradient`` go to a loss that has them among its own settings, and are refused by any other.
         kl_gradient: estimator whose gradient it has (``"loss"`` only); default: the value's own.
         averaging: replaces the averaging that the loss names; see :mod:`rlft.reduce`.
         length: the constant of ``averaging="fixed_length"``.
@@ -81,7 +76,8 @@ class Objective:
         self.name = name or getattr(loss, "__name__", type(loss).__name__)
         self.advantage = advantage
         self.kl = kl
-        self.kl_value = kl_value or "k3"
+        # of the three, only k1 as a reward leads to the optimum of E[r] - beta KL
+        self.kl_value = kl_value or ("k1" if kl == "reward" else "k3")
         self.trust_region = trust_region
         given = dict(hyper)
         own = {key: given.pop(key) for key in list(given) if key in keywords}
@@ -138,18 +134,36 @@ class Objective:
         if self.advantage is None or self.advantage == "given":
             self.advantage = "given"
             return
-        if isinstance(self.advantage, str) and self.advantage not in {*ADVANTAGES, "gae"}:
-            known = [*ADVANTAGES, "gae", "given"]
+        if isinstance(self.advantage, str) and self.advantage not in {*ADVANTAGES, *_PER_TOKEN}:
+            known = [*ADVANTAGES, *_PER_TOKEN, "given"]
             raise ValueError(f"advantage {self.advantage!r} is unknown{_check.suggestion(self.advantage, known)}")
-        function = advantages.gae if self.advantage == "gae" else self._advantage_function()
+        function = self.advantage if callable(self.advantage) else {**ADVANTAGES, **_PER_TOKEN}[self.advantage]
         keywords = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
         self.advantage_args = {key: given.pop(key) for key in list(given) if key in keywords}
         missing = [k for k, p in keywords.items() if p.default is p.empty and k not in self.advantage_args]
         if missing:
             raise ValueError(f"advantage {self.advantage!r} needs {', '.join(missing)}; give a number for each")
+        if self.advantage == "reward_to_go":
+            self._check_to_go()
 
-    def _advantage_function(self) -> Callable[..., Tensor]:
-        return ADVANTAGES[self.advantage] if isinstance(self.advantage, str) else self.advantage  # type: ignore[index,return-value]
+    def _check_to_go(self) -> None:
+        baseline, gamma = self.advantage_args.get("baseline", "leave_one_out"), self.advantage_args.get("gamma", 1.0)
+        if baseline not in ("leave_one_out", "none"):
+            raise ValueError(
+                f"baseline {baseline!r} is unknown{_check.suggestion(str(baseline), ['leave_one_out', 'none'])}"
+            )
+        _check.number("gamma", gamma, low=0.0, high=1.0)
+        if not isinstance(self.advantage_args.get("whiten", False), bool):
+            raise ValueError(f"whiten must be true or false, got {self.advantage_args['whiten']!r}")
+        if self.kl != "reward" and gamma == 1.0:
+            raise ValueError(
+                "advantage='reward_to_go' does nothing: without kl='reward' or gamma < 1 every token is followed by the "
+                "answer's reward alone; use advantage='leave_one_out' or 'reward'"
+            )
+        if self.terms[0].reduction == "mean":
+            raise ValueError(
+                f"advantage='reward_to_go' is per token, and {self.name!r} is per sequence; use 'leave_one_out'"
+            )
 
     def _set_kl(self, kl_gradient: str | None, given: dict[str, Any]) -> None:
         self.beta = float(self.terms[0].hyper.get("beta", 0.0))
@@ -287,7 +301,10 @@ class Objective:
 
     @property
     def min_group(self) -> int:
-        siblings = 2 if self.advantage in _NEEDS_SIBLINGS else 1
+        baseline = (
+            self.advantage_args.get("baseline", "leave_one_out") if self.advantage == "reward_to_go" else self.advantage
+        )
+        siblings = 2 if baseline in SIBLINGS else 1
         return max(siblings, *(term.min_group for term in self.terms))
 
     @property
@@ -298,8 +315,16 @@ class Objective:
         )
 
     # -- per step -------------------------------------------------------------------------------------------------------
-    def prepare(self, batch: Batch) -> Batch:
-        """Mask what cannot be used and fill in ``advantages`` (and ``returns``). Local to whole groups; no gradient."""
+    def prepare(self, batch: Batch, everyone: Everyone | None = None) -> Batch:
+        """Mask what cannot be used and fill in ``advantages`` (and ``returns``). No gradient.
+
+        Args:
+            batch: whole groups; for advantages that are normalised over a step, the whole step of this process.
+            everyone: gathers a tensor ``[n]`` over processes, for those; None where this process is the only one.
+
+        Returns:
+            The batch with what a loss needs.
+        """
         if self.needs_rewards:
             batch = _drop_unusable(batch, self.min_group, self.name)
         if self.advantage in (None, "given"):
@@ -309,8 +334,10 @@ class Objective:
         penalty = self._reward_penalty(batch)
         if self.advantage == "gae":
             return self._prepare_gae(batch, penalty)
+        if self.advantage == "reward_to_go":
+            return batch.replace(advantages=to_go(batch, penalty, everyone, **self.advantage_args))
         rewards = batch.rewards - reduce.sequence_sum(penalty, batch.mask) if penalty is not None else batch.rewards
-        values = self._advantage_function()(rewards, batch.group_ids, **self.advantage_args)
+        values = group_advantages(self.advantage, rewards, batch, everyone, **self.advantage_args)
         return batch.replace(advantages=torch.nan_to_num(values).to(torch.promote_types(values.dtype, torch.float32)))
 
     def _reward_penalty(self, batch: Batch) -> Tensor | None:
@@ -326,11 +353,8 @@ class Objective:
         if batch.values is None:
             raise ValueError(f"objective {self.name!r} needs the critic's values; build the policy with a critic")
         assert batch.rewards is not None
-        token_rewards = torch.zeros_like(batch.values) if penalty is None else -penalty.to(batch.values.dtype)
-        last = batch.mask.int().cumsum(-1).argmax(-1)
-        final = torch.nan_to_num(batch.rewards).to(token_rewards.dtype)
-        token_rewards = token_rewards.scatter_add(1, last[:, None], final[:, None]).where(batch.mask, 0.0)
-        advantage, returns = advantages.gae(token_rewards, batch.values, batch.mask, **self.advantage_args)
+        each = token_rewards(batch, batch.rewards, penalty).to(batch.values.dtype)
+        advantage, returns = advantages.gae(each, batch.values, batch.mask, **self.advantage_args)
         return batch.replace(advantages=advantage, returns=returns)
 
     def denominators(self, batch: Batch) -> Tensor:

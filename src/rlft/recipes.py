@@ -32,6 +32,20 @@ def reinforce(*, advantage: str = "leave_one_out", kl: str | None = None, **hype
 
 
 @recipe
+def reinforce_plus_plus(*, beta: float = 0.01, clip_eps: float = 0.2, kl_value: str = "k1", **hyper: Any) -> Objective:
+    """REINFORCE++: clipped ratio, reward and KL from each token on, normalised over all tokens of the step (Hu et al. 2025)."""
+    hyper = {"advantage": "reward_to_go", "baseline": "none", "whiten": True, **hyper}
+    return Objective(losses.ppo_clip, kl="reward", kl_value=kl_value, beta=beta, clip_eps=clip_eps, **hyper)
+
+
+@recipe
+def reinforce_plus_plus_baseline(*, beta: float = 0.01, clip_eps: float = 0.2, **hyper: Any) -> Objective:
+    """REINFORCE++-baseline: reward minus the group's mean, normalised over the step; k2 in the loss (Hu et al. 2025)."""
+    hyper = {"advantage": "group_mean_batch_norm", "kl": "loss", "kl_value": "k2", **hyper}
+    return Objective(losses.ppo_clip, beta=beta, clip_eps=clip_eps, **hyper)
+
+
+@recipe
 def grpo(*, beta: float = 0.04, clip_eps: float = 0.2, advantage: str = "group_norm", **hyper: Any) -> Objective:
     """GRPO: group mean and standard deviation, clipped ratio, k3 in the loss, mean per sequence (DeepSeekMath)."""
     return Objective(losses.grpo, advantage=advantage, beta=beta, clip_eps=clip_eps, **hyper)

@@ -34,6 +34,7 @@ from rlft.run import (
     evaluate,
     first_step,
     guard,
+    meeting,
     micro,
     online,
     ref_cache,
@@ -474,7 +475,7 @@ class Trainer:
 
     def prepare(self, batch: Batch) -> Batch:
         """Fill in what must be known before the first forward pass: old and reference log-probs, values, advantages."""
-        return self.objective.prepare(online.fill_constants(self, batch))
+        return self.objective.prepare(online.fill_constants(self, batch), meeting.everyone(self))
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics on held-out data, prefixed ``eval_``. Offline: the objective's; online: rewards of greedy answers."""

@@ -165,7 +165,9 @@ def resume_kills(bench: Bench, names: list[str], count: int) -> Figures:
     """SIGKILL between the moment a resuming process takes the folder and its first new step."""
     figures = bench.begin("SIGKILL during a resume, before its first new step", count)
     where: Counter[str] = Counter()
-    for index in range(count):
+    for index in range(3 * count):
+        if figures.cases == count:
+            break
         name = names[index % len(names)]
         bench.twin(name)
         folder = bench.folder()
@@ -180,14 +182,14 @@ def resume_kills(bench: Bench, names: list[str], count: int) -> Figures:
         time.sleep(bench.random.uniform(0, 0.06))
         child.kill()
         ended = child.ended()
-        figures.notes["kills"] = figures.notes.get("kills", 0) + 1
-        where[_stage(ended.at)] += 1
-        if ended.steps > 1:
-            bench.fail(label, f"came too late: {ended.steps} steps were taken")
+        late = ended.steps > 1  # the run was past what this is about; it must end with the same bits all the same
+        figures.notes["kills"] = figures.notes.get("kills", 0) + (not late)
+        figures.notes["kills that came later"] = figures.notes.get("kills that came later", 0) + late
+        where[_stage(ended.at)] += not late
         for bad in runs.unloadable(folder):
             bench.fail(label, f"cannot be loaded: {bad}")
         bench.finish(name, folder, label)
-        figures.cases += 1
+        figures.cases += not late
     figures.notes["last instant passed before the kill"] = bench.stages(where)
     return figures
 

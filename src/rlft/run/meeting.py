@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from rlft._advantage import Everyone
 from rlft.errors import TrainingError
 
-__all__ = ["SECONDS", "meet"]
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["SECONDS", "everyone", "meet"]
 
 #: How long processes wait for each other at the start.
 SECONDS = 50
@@ -43,6 +48,25 @@ def meet() -> None:
     accelerated = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     backend = "cpu:gloo,cuda:nccl" if accelerated else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count)
+
+
+def everyone(trainer: Trainer) -> Everyone | None:
+    """What gathers numbers, differently many on each process, over all of them; None on one process. Collective."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        return None
+
+    def gather(values: Tensor) -> tuple[Tensor, slice]:
+        own = values.to(trainer.device)
+        counts = accelerator.gather(torch.tensor([len(own)], device=trainer.device)).tolist()
+        width = max(1, *counts)
+        padded = torch.nn.functional.pad(own, (0, width - len(own)))
+        rows = accelerator.gather(padded).view(len(counts), width)
+        first = sum(counts[: accelerator.process_index])
+        every = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+        return every.to(values.device), slice(first, first + len(own))
+
+    return gather
 
 
 def _rendezvous() -> tuple[tuple[Any, int, int] | None, Exception | None]:
