@@ -137,6 +137,12 @@ class Config:
     pair_rewards: list[float] | None = _doc(
         "Rewards of (chosen, rejected), to train a reward objective on pairs.", None, group="data"
     )
+    streaming: bool = _doc(
+        "Read the training rows while training goes on, instead of all before it; needs max_steps.", False, group="data"
+    )
+    shuffle_buffer: int | None = _doc(
+        "Streaming: rows that are held to draw from at random; None: the rows' own order.", None, group="data"
+    )
     eval_fraction: float | None = _doc(
         "Hold out this share of train_data, the same rows for every seed.", None, group="data"
     )
@@ -319,6 +325,7 @@ class Config:
             "save_total_limit",
             "eval_rows",
             "max_tokens_per_micro_batch",
+            "shuffle_buffer",
         ):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
@@ -346,6 +353,7 @@ class Config:
         ):
             self._number(name, 0.0, 1.0)
         self._check_self_checks()
+        self._check_streaming()
         if secrets := secret_keys({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
             raise ConfigError(
                 f"{secrets[0]} looks like a secret, and settings are written to the run's folder; take it from the "
@@ -450,6 +458,25 @@ class Config:
         if self.replay_probability == 0 and self.replay_capacity != defaults["replay_capacity"]:
             raise ConfigError(
                 "replay_capacity does nothing while replay_probability is 0; set replay_probability or drop it"
+            )
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            if self.shuffle_buffer is not None:
+                raise ConfigError("shuffle_buffer does nothing without streaming: all rows are shuffled; drop it")
+            return
+        if self.max_steps is None or self.num_train_epochs != 1.0:
+            raise ConfigError(
+                "streaming does not know how many rows there are: set max_steps, and drop num_train_epochs"
+            )
+        for name in ("eval_fraction", "train_slice"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} needs all training rows, and streaming does not hold them; give eval_data, or files"
+                )
+        if self.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs needs all training rows, and streaming does not hold them; drop one"
             )
 
     def _check_self_checks(self) -> None:

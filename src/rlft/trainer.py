@@ -447,16 +447,16 @@ class Trainer:
         )
 
     # -- stages made to be overridden ------------------------------------------------------------------------------
-    def rollout(self, indices: Sequence[int], step: int) -> Batch:
+    def rollout(self, indices: Sequence[Any], step: int) -> Batch:
         """Sample ``num_generations`` answers for each prompt and score them.
 
         Args:
-            indices: examples of the training data.
+            indices: examples of the training data (of a stream, the examples themselves).
             step: optimizer steps taken. The seed comes from the number of generations so far and the rank.
         """
         seed = fold_seed(self.config.seed, rank=self.rank, step=self.rollouts)
         self.rollouts += 1
-        return online.rollout(self, [self.train_data.examples[i] for i in indices], seed=seed)
+        return online.rollout(self, self.train_data.pick(indices), seed=seed)
 
     def score(
         self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]

@@ -178,7 +178,7 @@ class TestDatasets:
 
     def test_iterable_is_sent_to_the_stream(self):
         source = datasets.Dataset.from_list([{"prompt": "x"}]).to_iterable_dataset()
-        with pytest.raises(ValueError, match="TokenStream"):
+        with pytest.raises(ValueError, match="streaming: true"):
             load_rows(source)
 
     def test_saved_to_disk(self, tmp_path):

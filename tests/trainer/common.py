@@ -29,7 +29,7 @@ def run(folder: Path, objective: str, *, kind: type[Trainer] = Trainer, **extra:
     """A run whose settings went through a YAML file; online unless ``rows`` are pairs."""
     arguments = {name: extra.pop(name) for name in ("sampler", "ref_model", "callbacks") if name in extra}
     model, rows = extra.pop("model", None), extra.pop("rows", PROMPTS)
-    online = rows is not PAIRS
+    online = extra.pop("online", rows is not PAIRS)
     extra |= {"ref_model": extra.pop("ref_folder")} if "ref_folder" in extra else {}
     settings = {
         "objective": objective, "output_dir": str(folder / "run"), "max_steps": 4, "learning_rate": 1e-2,

@@ -14,6 +14,7 @@ from rlft.data.report import DataReport, preview
 from rlft.data.rows import Rows, load_rows
 from rlft.data.sampler import EpochSampler
 from rlft.data.stream import TokenStream
+from rlft.data.streamed import StreamedDataset, StreamOrder, stream_rows, tokenize_stream
 
 __all__ = [
     "FORMATS",
@@ -24,6 +25,8 @@ __all__ = [
     "Example",
     "Overlap",
     "Rows",
+    "StreamOrder",
+    "StreamedDataset",
     "TokenDataset",
     "TokenStream",
     "check_overlap",
@@ -32,5 +35,7 @@ __all__ = [
     "load_rows",
     "pad_batch",
     "preview",
+    "stream_rows",
     "tokenize",
+    "tokenize_stream",
 ]

@@ -47,6 +47,10 @@ class TokenDataset(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
 
+    def pick(self, drawn: Iterable[int]) -> list[Example]:
+        """The examples with these numbers."""
+        return [self.examples[i] for i in drawn]
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every id, mask, reward and label: equal for equal training data, in the same order."""

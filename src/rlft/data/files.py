@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SUFFIXES", "read_file"]
+__all__ = ["STREAMED", "SUFFIXES", "iterate_file", "read_file"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
+
+#: Read row by row, without holding the file.
+STREAMED = (".jsonl", ".ndjson", ".parquet")
 
 # An answer may consist of digits: these columns of a CSV file stay text whatever they look like.
 _TEXT_COLUMNS = frozenset({"prompt", "completion", "chosen", "rejected", "text"})
@@ -50,6 +53,15 @@ def read_file(path: Path) -> tuple[list[Row], list[str]]:
     if reader is None:
         raise ValueError(f"{path} is no data file that can be read; expected one of {', '.join(SUFFIXES)}")
     return reader(path)
+
+
+def iterate_file(path: Path) -> Iterator[Row]:
+    """The rows of one file, one at a time; suffixes as in :data:`STREAMED`, errors as in :func:`read_file`."""
+    if path.suffix.lower() not in STREAMED:
+        raise ValueError(
+            f"{path} cannot be read row by row; a stream reads {', '.join(STREAMED)}: convert the file, or read it whole"
+        )
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else (row for row, _ in _json_rows(path))
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -93,15 +105,17 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _json_lines(path: Path) -> tuple[list[Row], list[str]]:
-    rows, places = [], []
+    found = list(_json_rows(path))
+    return [row for row, _ in found], [where for _, where in found]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Row, str]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             text = _decode(raw, path) if number == 1 else raw.decode("utf-8", "surrogateescape")
             if text.strip():
-                rows.append(_object(_loads(text, where), where))
-                places.append(where)
-    return rows, places
+                yield _object(_loads(text, where), where), where
 
 
 def _json(path: Path) -> tuple[list[Row], list[str]]:
@@ -204,17 +218,20 @@ def _table_rows(table: Any, path: Path) -> list[Row]:
 
 
 def _parquet(path: Path) -> tuple[list[Row], list[str]]:
+    rows = list(_parquet_rows(path))
+    return rows, [f"{path}[{index}]" for index in range(len(rows))]
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    rows: list[Row] = []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                rows += _table_rows(pyarrow.Table.from_batches([batch]), path)
+                yield from _table_rows(pyarrow.Table.from_batches([batch]), path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise ValueError(f"{path} is no readable parquet file: {error}") from None
-    return rows, [f"{path}[{index}]" for index in range(len(rows))]
 
 
 def _arrow(path: Path) -> tuple[list[Row], list[str]]:

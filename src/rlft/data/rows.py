@@ -216,7 +216,7 @@ def _load(source: Any, split: str, name: str | None, revision: str | None) -> Ro
         return Rows(list(source))
     raise ValueError(
         f"cannot read rows from a {type(source).__name__}; give a path, a hub name, a datasets.Dataset or a list of "
-        f"dicts (rlft.data.TokenStream takes a function that yields rows)"
+        f"dicts (with streaming: true also a function that yields rows)"
     )
 
 
@@ -230,9 +230,7 @@ def _from_datasets(source: Any, split: str) -> Rows:
             )
         source = source[split]
     if not isinstance(source, datasets.Dataset):
-        raise ValueError(
-            f"a {type(source).__name__} has no length; give a datasets.Dataset, or stream it with rlft.data.TokenStream"
-        )
+        raise ValueError(f"a {type(source).__name__} has no length; give a datasets.Dataset, or set streaming: true")
     return Rows(source.with_format(None))  # a "torch" or "numpy" format would turn cells into tensors
 
 

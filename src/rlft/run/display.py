@@ -76,7 +76,8 @@ def facts(trainer: Trainer) -> dict[str, str]:
         rows["reference"] += f", log-probs kept in {ref_cache.folder(trainer)}"
     rows["trains"] = f"{_count(trainable)} of {_count(total)} weights ({trainable / max(1, total):.1%})"
     data = trainer.train_data
-    rows["data"] = f"{len(data.examples)} {data.format} rows" + (
+    size = "a stream of" if c.streaming else f"{len(data.examples)}"
+    rows["data"] = f"{size} {data.format} rows" + (
         f", {len(trainer.eval_data.examples)} held out" if trainer.eval_data is not None else ""
     )
     if trainer.online:
@@ -101,7 +102,8 @@ def facts(trainer: Trainer) -> dict[str, str]:
     adam = f"AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
     if trainer.trust_step is not None:
         adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trainer.trust_step.of_critic else "no optimizer"
-    rows["steps"] = f"{p.total_steps} ({p.total_steps / p.steps_per_epoch:.2f} epochs), {adam}"
+    epochs = f" ({p.total_steps / p.steps_per_epoch:.2f} epochs)" if p.steps_per_epoch else ""
+    rows["steps"] = f"{p.total_steps}{epochs}, {adam}"
     rows["processes"] = f"{trainer.world_size} on {trainer.device}" + (
         f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
     )

@@ -64,6 +64,8 @@ def load(config: Config, name: str, given: Any) -> Any:
 
 def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
     """Rows to train on, rows held out, and the rows that a tokenizer may be made of: the whole file but the held-out."""
+    if config.streaming:
+        return _stream(config, train), _limited(config, load(config, "eval_data", held_out)), None
     rows, held = load(config, "train_data", train), load(config, "eval_data", held_out)
     if rows is None:
         raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
@@ -75,6 +77,11 @@ def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]
         if start == stop:
             raise ConfigError(f"train_slice={config.train_slice} of {len(rows)} rows holds none; widen it, or add data")
         rows = rows.select(range(start, stop))
+    return rows, _limited(config, held), texts
+
+
+def _limited(config: Config, held: Any) -> Any:
+    """The rows to evaluate on."""
     if held is None:
         for name in ("eval_steps", "eval_rows"):
             if getattr(config, name) is not None:
@@ -83,7 +90,17 @@ def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]
             raise ConfigError("eval_on_start does nothing without evaluation data; give eval_data or eval_fraction")
     elif config.eval_rows is not None:
         held = held.select(range(min(config.eval_rows, len(held))))
-    return rows, held, texts
+    return held
+
+
+def _stream(config: Config, given: Any) -> Any:
+    """What reads the training rows one by one."""
+    from rlft.data import stream_rows
+
+    source = _expanded("train_data", given if given is not None else config.train_data)
+    if source is None:
+        raise ConfigError("train_data is missing; give a path, an iterable of rows, or a function that returns one")
+    return stream_rows(source, columns=config.columns or None)
 
 
 def _expanded(name: str, paths: Any) -> Any:
@@ -106,6 +123,10 @@ def tokenizer_for(config: Config, given: Any, source: Any, rows: Any) -> Any:
         return given
     name = given if given is not None else config.tokenizer
     if isinstance(name, Mapping):
+        if rows is None:
+            raise ConfigError(
+                f"tokenizer={dict(name)!r} is made from all training rows, and streaming does not hold them; give a tokenizer"
+            )
         return train_tokenizer(rows, **name)
     if name is None and isinstance(source, (str, Path)):
         name = source
@@ -118,10 +139,14 @@ def tokenizer_for(config: Config, given: Any, source: Any, rows: Any) -> Any:
 
 
 def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any:
-    from rlft.data import tokenize
+    from rlft.data import tokenize, tokenize_stream
 
     form = "prompt" if online and config.data_format == "auto" else config.data_format
-    return tokenize(
+    streamed: dict[str, Any] = (
+        {"shuffle_buffer": config.shuffle_buffer or 0, "seed": config.seed} if callable(rows) else {}
+    )
+    work: Any = tokenize_stream if callable(rows) else tokenize
+    return work(
         rows,
         tokenizer,
         max_prompt_length=config.max_prompt_length,
@@ -132,6 +157,7 @@ def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any
         format=form,
         max_bad_fraction=config.max_bad_fraction,
         separator=config.separator,
+        **streamed,
     )
 
 

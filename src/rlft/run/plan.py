@@ -31,7 +31,7 @@ class Plan:
         micro_batch_groups: groups per micro-batch, where groups stay whole.
         groups_per_step: examples (offline) or prompts (online) per optimizer step.
         updates_per_generation: optimizer steps fed by one generation, all iterations counted; 1 offline.
-        steps_per_epoch: optimizer steps that one pass over the data takes.
+        steps_per_epoch: optimizer steps that one pass over the data takes; None for a stream.
     """
 
     total_steps: int
@@ -40,11 +40,11 @@ class Plan:
     micro_batch_groups: int
     groups_per_step: int
     updates_per_generation: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
 
 
 def plan(
-    config: Config, objective: Objective, examples: int, rows_per_example: int, world: int, *, online: bool
+    config: Config, objective: Objective, examples: int | None, rows_per_example: int, world: int, *, online: bool
 ) -> Plan:
     """Batch sizes and step counts. Online, per_device_train_batch_size counts completions, as in TRL."""
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -61,6 +61,9 @@ def plan(
     else:
         draws = groups = micro * accumulation
         updates, rows, micro_groups = 1, micro * rows_per_example, micro
+    if examples is None:  # a stream
+        assert config.max_steps is not None
+        return Plan(config.max_steps, draws, rows, micro_groups, groups, updates, None)
     if examples < draws * world:
         raise ConfigError(
             f"{examples} training examples are fewer than one step takes ({draws} on each of {world} processes); lower "

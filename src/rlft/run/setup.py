@@ -189,7 +189,7 @@ def build(
         plan=plan(
             config,
             objective,
-            len(train.examples),
+            None if config.streaming else len(train.examples),
             _rows_per_example(train),
             accelerator.num_processes,
             online=online,
@@ -199,19 +199,23 @@ def build(
 
 def source(trainer: Trainer) -> Source:
     """Where the trainer's micro-batches come from."""
-    from rlft.data import EpochSampler, collate
+    from rlft.data import EpochSampler, StreamOrder, collate
 
     c, p, data = trainer.config, trainer.plan, trainer.train_data
     pad_id = trainer.tokenizer.pad_token_id
-    order = EpochSampler(
-        len(data.examples),
-        batch_size=p.draws,
-        seed=c.seed,
-        rank=trainer.rank,
-        world_size=trainer.world_size,
-        # a short last generation would give processes different numbers of steps
-        last="drop" if trainer.online else "keep",
-    )
+    order: Any
+    if c.streaming:
+        order = StreamOrder(data.open(trainer.rank, trainer.world_size), p.draws)
+    else:
+        order = EpochSampler(
+            len(data.examples),
+            batch_size=p.draws,
+            seed=c.seed,
+            rank=trainer.rank,
+            world_size=trainer.world_size,
+            # a short last generation would give processes different numbers of steps
+            last="drop" if trainer.online else "keep",
+        )
 
     def split(batch: Batch) -> list[Batch]:
         return micro.split(trainer, batch)
@@ -235,8 +239,8 @@ def source(trainer: Trainer) -> Source:
         )
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
 
-    def make_batch(indices: Sequence[int]) -> Batch:
-        examples = [data.examples[i] for i in indices]
+    def make_batch(indices: Sequence[Any]) -> Batch:
+        examples = data.pick(indices)
         batch = with_columns(collate(examples, pad_id=pad_id, pair_rewards=pair_rewards), examples, trainer.objective)
         return trainer.ref_logps.fill(batch.to(trainer.device), examples)
 
