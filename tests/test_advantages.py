@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft import advantages
 from rlft.advantages import (
     Groups,
     batch_norm,
@@ -340,3 +341,11 @@ def test_whiten_refuses() -> None:
             whiten(*wrong)
     with pytest.raises(ValueError, match="eps must be >= 0"):
         whiten(x, mask, eps=-1e-6)
+
+
+def test_reward_to_go_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, 99.0, 3.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    found = advantages.reward_to_go(rewards, mask, gamma=0.5)
+    assert found.tolist() == [[3.0, 4.0, 4.0], [2.5, 0.0, 3.0]]
+    assert advantages.reward_to_go(rewards, mask).tolist() == [[7.0, 6.0, 4.0], [4.0, 0.0, 3.0]]

@@ -19,7 +19,11 @@ ON_POLICY = {
     "agro_on_policy_lr_kl",
     "agro_on_policy_lr_moments",
     "agro_on_policy_lr_token",
+    "nash_md_pg",
+    "trpo",
 }
+#: The advantage times something: a row whose advantage is 0 has neither loss nor gradient.
+ADVANTAGE_WEIGHTED = {"cispo", "grpo", "gspo", "gspo_token", "ppo_clip", "ppo_penalty", "reinforce", "sapo"}
 #: Sort the rows of all prompts together.
 COUPLED = {"aot", "aot_unpaired"}
 FIRST = {case.name: case for case in reversed(CASES)}  # each loss with the hyper-parameters of its first case
@@ -29,8 +33,8 @@ FIRST = {case.name: case for case in reversed(CASES)}  # each loss with the hype
 def test_marks(name: str) -> None:
     fn = getattr(losses, name)
     assert fn.couples_rows == (name in COUPLED)
-    if name.startswith("agro_"):
-        assert fn.on_policy_only == (name in ON_POLICY)
+    assert fn.on_policy_only == (name in ON_POLICY)
+    assert fn.advantage_weighted == (name in ADVANTAGE_WEIGHTED)
     if "group_ids" not in inspect.signature(fn).parameters:
         assert fn.min_group == 1
 
@@ -47,6 +51,19 @@ def test_min_group_is_the_smallest_group_that_is_taken(name: str) -> None:
         tensors["group_ids"] = torch.tensor([0, 0, 1, 1, 2, 3])  # two of one row
         with pytest.raises(ValueError, match=r"needs groups of at least 2 rows|must pair the rows up"):
             case(tensors)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGE_WEIGHTED))
+def test_rows_without_advantage_have_neither_loss_nor_gradient(name: str) -> None:
+    case = FIRST[name]
+    hyper = {**case.hyper, **({"beta": 0.0} if "beta" in case.hyper else {})}
+    tensors = case.inputs()
+    tensors["advantages"] = torch.zeros_like(tensors["advantages"])
+    logps = tensors["logps"].clone().requires_grad_()
+    loss = case.fn(*({**tensors, "logps": logps}[n] for n in case.tensor_names), **hyper).loss
+    assert not loss.detach().any()
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert not gradient.any()
 
 
 def test_a_mark_is_off_unless_it_is_set() -> None:
