@@ -24,7 +24,7 @@ from tests.reliability.bench import Bench, Figures
 ROOT = Path(__file__).parents[2]
 PAGE, STORE = ROOT / "docs" / "reliability.md", Path(__file__).with_name("figures.json")
 BEGIN, END = "<!-- figures: written by make kill-tests -->", "<!-- end of figures -->"
-BOTH, MORE = ["dpo", "grpo"], ["agro", "ppo", "dapo"]
+BOTH, MORE = ["dpo", "grpo"], ["agro", "ppo", "dapo", "stream"]
 
 Share = Callable[[int], int]
 FEW = ("from the start", "restart after a kill in a save", "stopped by a signal on a saved step")

@@ -14,6 +14,7 @@ import yaml
 from rlft import checkpoint
 from rlft._json import canonical
 from rlft._metrics_log import comparable, read_metrics
+from rlft.models.vocabulary import train_tokenizer
 
 MODEL = {
     "model_type": "llama",
@@ -54,6 +55,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ppo": {"objective": "ppo", **_ONLINE, "max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
             "steps_per_generation": 4, "logging_steps": 3},
     "dapo": {"objective": "dapo", **_LORA, **_ONLINE, "max_steps": 5, "dynamic_sampling": True, "max_refills": 2},
+    # rows read from the file while training goes on, past its end, drawn from a buffer
+    "stream": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
+               "per_device_train_batch_size": 4, "eval_steps": 4},
 }  # fmt: skip
 _LONG = {"eval_steps": None, "eval_on_start": False, "save_steps": 500, "logging_steps": 50}
 
@@ -83,11 +87,14 @@ def write_configs(root: Path) -> dict[str, Path]:
     held = [{"prompt": f"{i}+{i + 1}=", "chosen": str(2 * i + 1), "rejected": str(i)} for i in range(5)]
     for name, listed in (("train", rows), ("eval", held)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    train_tokenizer(rows, kind="char").save_pretrained(root / "tokenizer")
     listed = {name: dict(run) for name, run in RUNS.items()}
     listed |= {f"soak_{name}": {**RUNS[name], **_LONG, "max_steps": 2000} for name in ("dpo", "grpo")}
     paths = {}
     for name, run in listed.items():
         settings = {**_COMMON, **run, "train_data": str(root / "train.jsonl")}
+        if run.get("streaming"):  # a tokenizer made from the data needs all of it
+            settings["tokenizer"] = str(root / "tokenizer")
         if run.get("eval_steps") or run.get("eval_on_start"):
             settings["eval_data"] = str(root / "eval.jsonl")
         paths[name] = root / f"{name}.yaml"
