@@ -360,4 +360,5 @@ def test_disk_trouble_in_words(tmp_path: Path, error: Exception, words: str | No
 
 
 def test_disk_trouble_in_a_folder_that_is_gone(tmp_path: Path) -> None:
-    assert "free space unknown" in str(disk_trouble(OSError(errno.EIO, "x"), tmp_path / "gone", 1))
+    """The space of the file system that it was on, or would be made on."""
+    assert "bytes free" in str(disk_trouble(OSError(errno.EIO, "x"), tmp_path / "gone" / "deeper", 1))

@@ -51,7 +51,7 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
 
     Args:
         error: as raised. The libraries that write safetensors and tokenizers raise errors of their own around the system's.
-        folder: an existing folder of the file system that was written to.
+        folder: what was written to, or was to be made.
         needed: about how many bytes were to be written.
     """
     number = error.errno if isinstance(error, OSError) else None
@@ -60,7 +60,8 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
     if number is None:
         return None
     try:
-        free = f"{shutil.disk_usage(folder).free:,} bytes free"
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+        free = f"{shutil.disk_usage(there).free:,} bytes free"
     except OSError:
         free = "free space unknown"
     remedy = {

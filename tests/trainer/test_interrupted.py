@@ -203,8 +203,13 @@ def test_the_digest_sees_each_part(tmp_path: Path) -> None:
     found.tensors["optimizer"][next(iter(found.tensors["optimizer"]))].view(-1)[0] += 1e-7
     found.tensors["rng"]["cpu"][0] += 1
     found.records["source"]["order"]["position"] += 1
-    checkpoint.save(tmp_path, found.step, tensors=found.tensors, records=found.records, config_hash="x",
-                    extra_writer=lambda folder: shutil.copytree(last / "model", folder / "model"))  # fmt: skip
+
+    def copy_model(folder: Path) -> None:
+        shutil.copytree(last / "model", folder / "model")
+
+    checkpoint.save(
+        tmp_path, found.step, tensors=found.tensors, records=found.records, config_hash="x", extra_writer=copy_model
+    )
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first = {**json.loads(rows[0]), "loss": 0.0, "step_time": 9.0}
     (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps(first), *rows[1:]]) + "\n")
