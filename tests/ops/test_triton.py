@@ -54,7 +54,10 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch, trains: bool
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e-3, 0.3, 0.7, 5.0])
 def test_differences_of_any_size_keep_their_digits(magnitude: float) -> None:
-    """float32 logits that differ by ``magnitude``: the KL is right to 1e-3, from underflow to saturation of the cap."""
+    """float32 logits that differ by ``magnitude``: the KL keeps its digits, from underflow to saturation of the cap.
+
+    Its terms are ``e^u - 1 - u``, u of that magnitude, and float32 rounds away about 1e-7 u of their u^2 / 2.
+    """
     made = problem(16, 8, 64, dtype=torch.float32, apart=0.0, bias=False)
     made["ref_hidden"] = (made["hidden"].double() + magnitude * torch.randn(16, 8, dtype=torch.float64)).float()
     moved = bool((made["ref_hidden"] != made["hidden"]).any())
@@ -64,8 +67,7 @@ def test_differences_of_any_size_keep_their_digits(magnitude: float) -> None:
         assert kl is not None
         assert (kl >= 0).all()
         if moved:
-            # the truth itself, a difference in float64, is good to about 2e-14
-            torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=5e-14)
+            torch.testing.assert_close(kl.double(), expected, rtol=1e-5 + 6e-7 / magnitude, atol=0.0)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen head", "trained head"])
