@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Case", "CaseResult", "Variant", "VariantResult", "measure"]
 
@@ -52,6 +52,7 @@ class Case:
 
     ``same`` names facts that all variants must report alike (within ``tolerance``), or the measurement is refused.
     ``per`` names a fact by which times are divided before they are compared: work that varies by chance.
+    ``kind`` says how the page shows it: ``variants``, a table of its own; ``layout``, one row of the table of layouts.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     tolerance: float = 1e-3
     note: str = ""
     per: str | None = None
+    kind: Literal["variants", "layout"] = "variants"
 
 
 @dataclass
@@ -119,6 +121,7 @@ class CaseResult:
         case = self.case
         return {
             "name": case.name,
+            "kind": case.kind,
             "what": case.what,
             "shape": case.shape,
             "rounds": len(ours.cpu),

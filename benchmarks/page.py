@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-__all__ = ["accuracy_table", "page", "table"]
+__all__ = ["accuracy_table", "layout_table", "page", "table"]
 
 HEAD = """\
 # Benchmarks
@@ -69,6 +69,40 @@ def table(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _halves(case: dict[str, Any], above: int, below: int) -> list[float]:
+    """CPU-seconds of one variant over another's, in the same round."""
+    over, under = case["variants"][above]["cpu_s"], case["variants"][below]["cpu_s"]
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def layout_table(cases: list[dict[str, Any]]) -> str:
+    """Each prompt once against the prompt repeated, a row for every shape.
+
+    The variants are, in order: shared, padded, and the layout that a Policy picks by itself.
+    """
+    lines = [
+        "| groups x answers | prompt | answer | shared CPU-s | padded CPU-s | speed-up, median (low to high) | bound "
+        "| share of bound | auto, against padded | memory ratio |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases:
+        shape, (shared, padded, _) = case["shape"], case["variants"]
+        ratios, bound = _halves(case, 1, 0), shared["facts"]["bound"]
+        median, auto = statistics.median(ratios), statistics.median(_halves(case, 1, 2))
+
+        def span(longest: int, low: float = shape["shortest"]) -> str:
+            return f"{longest}" if low == 1 else f"{max(1, round(low * longest))} to {longest}"
+
+        memory = padded["ratio"]["memory"]
+        lines.append(
+            f"| {shape['prompts']} x {shape['group']} | {span(shape['prompt'])} | {span(shape['answer'])} "
+            f"| {statistics.median(shared['cpu_s']):.3f} | {statistics.median(padded['cpu_s']):.3f} "
+            f"| **{median:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) | {bound:.2f} | {median / bound:.2f} "
+            f"| {auto:.2f} | {'' if memory is None else f'{memory:.1f}'} |"
+        )
+    return "\n".join(lines)
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     """Errors against float64 as a Markdown table."""
     lines = [
@@ -83,9 +117,12 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+PACKING = "packing, rows that share nothing"
+
 #: What was aimed at: what, case, variant, times faster, times less memory, and why it stays below where it does.
 TARGETS: tuple[tuple[str, str, str, float, float | None, str], ...] = (
     ("GRPO step", "GRPO step, LoRA", "TRL GRPOTrainer", 4.5, 6.0, ""),
+    ("GRPO step, exact KL to the reference", "GRPO step, exact KL, LoRA", "TRL GRPOTrainer, k3", 4.5, 6.0, ""),
     ("DPO step", "DPO step, LoRA", "TRL DPOTrainer", 2.0, None, ""),
     ("DPO step, all weights", "DPO step, all weights", "TRL DPOTrainer", 2.0, None, ""),
     ("AGRO step against RLOO", "AGRO step against RLOO, LoRA", "TRL RLOOTrainer", 4.5, None, ""),
@@ -116,7 +153,26 @@ TARGETS: tuple[tuple[str, str, str, float, float | None, str], ...] = (
         "TRL LogProb x 2 + Divergence", 5.0, 40.0,
         "87 % of the op's time are its four matrix products, which cannot be fewer; TRL's functions do ten",
     ),
+    (
+        "log-prob, bfloat16", "head: log-probs, bfloat16", "torch log_softmax + gather", 5.0, None,
+        "set on a processor without bfloat16 products; where there are some, the op still multiplies in float32, so that "
+        "no logit is rounded",
+    ),
+    (
+        "log-prob, bfloat16", "head: log-probs, bfloat16", "TRL ChunkedLogProbFunction", 7.0, None,
+        "as above",
+    ),
+    (
+        "packing at a padding efficiency of 0.39 (1.2 / efficiency)", PACKING, "transformers, padded, all logits",
+        3.07, 4.0, "",
+    ),
+    (
+        "the same against padded rows of ours", PACKING, "rlft, padded", 3.07, 4.0,
+        "",
+    ),
 )  # fmt: skip
+# Where layouts are to come: of the ratio of token counts, and against padded rows for what `auto` picks.
+SHARE_OF_BOUND, AUTO = 0.9, 1.0
 
 
 def targets_table(cases: list[dict[str, Any]]) -> str:
@@ -135,7 +191,26 @@ def targets_table(cases: list[dict[str, Any]]) -> str:
             aim, found = f"{aim}, memory {memory:g}x", f"{found}, memory {ratio['memory']:.0f}x"
             met = met and ratio["memory"] >= memory
         lines.append(f"| {what} | {against} | {aim} | {found} | {'reached' if met else 'missed: ' + why} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_layout_targets([case for case in cases if case["kind"] == "layout"])])
+
+
+def _layout_targets(cases: list[dict[str, Any]]) -> list[str]:
+    """The worst of all shapes beside what was aimed at."""
+    if not cases:
+        return []
+    bounds = [case["variants"][0]["facts"]["bound"] for case in cases]
+    shares = [statistics.median(_halves(case, 1, 0)) / bound for case, bound in zip(cases, bounds, strict=True)]
+    autos = [statistics.median(_halves(case, 1, 2)) for case in cases]
+
+    def row(what: str, aim: str, values: list[float], least: float, unit: str) -> str:
+        below = sum(value < least for value in values)
+        verdict = "reached" if not below else f"missed by {below} of {len(values)} shapes, see the table"
+        return f"| {what} | prompt repeated, padded | {aim} | {min(values):.2f}{unit} | {verdict} |"
+
+    return [
+        row("each prompt once, worst shape", f"{SHARE_OF_BOUND:g} of the token ratio", shares, SHARE_OF_BOUND, ""),
+        row("the layout a Policy picks, worst shape", f"never below {AUTO:g}x", autos, AUTO, "x"),
+    ]
 
 
 def _flat(shape: dict[str, Any]) -> str:
@@ -145,13 +220,28 @@ def _flat(shape: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _layout_section(cases: list[dict[str, Any]]) -> str:
+    model = cases[0]["shape"]["model"]
+    return (
+        "### Layouts: each prompt once\n\nLog-probs forward and backward over all weights. The bound is the ratio of "
+        "token counts, padding included: what the speed-up would be if time went by tokens. Attention does not (a long "
+        "prompt is attended to once instead of once per answer, and without a mask), so more is possible. Lengths from "
+        f"a to b are drawn at random.\n\nShape: model ({_flat(model)}).\n\n{layout_table(cases)}\n"
+    )
+
+
 def page(record: dict[str, Any]) -> str:
     """The whole page."""
     versions = "\n".join(f"- {name}: {value}" for name, value in record["versions"].items())
     parts = [HEAD.format(command=record["command"], versions=versions)]
     aims = targets_table(record["cases"])
     parts.append(f"### Aims\n\nSet before this was built, on another processor.\n\n{aims}\n")
+    layouts = [case for case in record["cases"] if case["kind"] == "layout"]
     for case in record["cases"]:
+        if case["kind"] == "layout":
+            if case is layouts[0]:
+                parts.append(_layout_section(layouts))
+            continue
         note = f" {case['note']}" if case.get("note") else ""
         parts.append(
             f"### {case['name']}\n\n{case['what'].capitalize()}. {case['rounds']} rounds.{note}\n\n"

@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, generation, kernels, steps
+from benchmarks import accuracy, generation, kernels, layouts, steps
 from benchmarks.harness import ROOT, Case, measure
-from benchmarks.page import accuracy_table, page, table
+from benchmarks.page import accuracy_table, layout_table, page, table
 
 __all__ = ["main"]
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         cases: list[Case] = [
             *steps.cases(Path(folder), quick=options.quick),
             *generation.cases(Path(folder), quick=options.quick),
+            *layouts.cases(quick=options.quick),
             *kernels.cases(quick=options.quick),
         ]
         wanted = (options.only or "").lower()
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for case in chosen:
             result = measure(case, rounds=options.rounds, say=lambda line: print(line, file=sys.stderr))
             results.append(result.as_dict())
-            print(f"\n{case.name}\n{table(results[-1])}", flush=True)
+            show = layout_table([results[-1]]) if case.kind == "layout" else table(results[-1])
+            print(f"\n{case.name}\n{show}", flush=True)
     flags = [f"--{name}" for name in ("quick",) if getattr(options, name)]
     flags += [f"--{name} {value}" for name in ("only", "rounds") if (value := getattr(options, name))]
     digits = [] if options.only else accuracy.rows(quick=options.quick)

@@ -70,9 +70,12 @@ def rlft_dpo(tick: Tick, folder: str, **shape: Any) -> None:
     _run_rlft(tick, folder, shape, settings, train_dataset=_pairs(shape))
 
 
-def rlft_online(tick: Tick, folder: str, *, objective: str, sampler: str = "auto", **shape: Any) -> None:
+def rlft_online(
+    tick: Tick, folder: str, *, objective: str, sampler: str = "auto", axes: dict[str, Any] | None = None, **shape: Any
+) -> None:
     settings = {
         "objective": objective,
+        "objective_args": axes or {},
         "beta": shape["beta"],
         "num_generations": shape["group"],
         "per_device_train_batch_size": shape["prompts"] * shape["group"],
@@ -215,6 +218,18 @@ def cases(folder: Path, *, quick: bool = False) -> list[Case]:
         same=("tokens",),
         tolerance=0.1,
     )
+    exact = Case(
+        "GRPO step, exact KL, LoRA",
+        "sample, score and one optimizer step; KL to the reference in the loss, exact here and k3 there",
+        online,
+        [
+            Variant("rlft grpo, exact KL", f"{HERE}:rlft_online", ours("grpo", axes={"kl_value": "exact"})),
+            Variant("TRL GRPOTrainer, k3", f"{HERE}:trl_online", {**online, **where, "trainer": "GRPO"}, ("trl",)),
+        ],
+        rounds=rounds,
+        same=("tokens",),
+        tolerance=0.1,
+    )
     if quick:
         return [same_steps, in_loss]
     in_advantage = Case(
@@ -230,4 +245,4 @@ def cases(folder: Path, *, quick: bool = False) -> list[Case]:
         same=("tokens",),
         tolerance=0.1,
     )
-    return [dpo("DPO step, LoRA", same_steps.what, offline), same_steps, in_loss, in_advantage]
+    return [dpo("DPO step, LoRA", same_steps.what, offline), same_steps, in_loss, exact, in_advantage]

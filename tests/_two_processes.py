@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -142,6 +143,48 @@ def nonfinite(folder: Path) -> dict[str, Any]:
     return {"sums": sums, "skipped": t.nonfinite_steps, "step": t.step, "said": said}
 
 
+#: Held-out rows, and how many of them: also an odd number, and fewer than there are processes.
+HELD_OUT = [{**row, "prompt": f"{i}+"} for i, row in enumerate(RAGGED)]
+SHARES = (7, 8, 1)
+
+
+def evaluated(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Held-out numbers of objectives whose advantages are normalised over a whole step."""
+    to_go = {"advantage": "reward_to_go", "gamma": 0.5, "whiten": True}
+    CASES["to_go"] = ("reinforce", to_go, RAGGED)
+    CASES["batch_norm"] = ("reinforce", {"advantage": "batch_norm"}, RAGGED)
+    found = {}
+    for case in ("whitened", "batch_norm", "to_go"):
+        size = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+        t = one_step(folder / "evaluated", case, rows_each=size, accumulation=1, per_device_eval_batch_size=3)
+        found[case] = [t.evaluate(HELD_OUT[:rows]) for rows in SHARES]
+    return found
+
+
+def unused(folder: Path) -> dict[str, Any]:
+    """A model with a trained layer that the forward pass never comes by, under three ways to check for it."""
+    said: dict[str, Any] = {}
+    for name, checks in {"checked": True, "unchecked": False, "allowed": {"gradients": False}}.items():
+        model = tiny_llama(dtype=torch.float64)
+        torch.manual_seed(0)
+        model.spare = torch.nn.Linear(3, 3, dtype=torch.float64)
+        args = {
+            "objective": "sft", "output_dir": str(folder / name), "max_steps": 2, "dtype": "float64", "self_checks": checks,
+            "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1")), "gradient_accumulation_steps": 2,
+            "max_grad_norm": None, "disable_tqdm": True, "report_to": [],
+        }  # fmt: skip
+        t = Trainer(
+            model, args, train_dataset=ANSWERS, processing_class=char_tokenizer(),
+            optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+        )  # fmt: skip
+        try:
+            t.train()
+            said[name] = _sum(t)
+        except RuntimeError as error:
+            said[name] = str(error)
+    return said
+
+
 def _sum(t: Trainer) -> float:
     return sum(p.double().sum().item() for p in trainables(t).values())
 
@@ -158,6 +201,10 @@ def main(folder: Path) -> None:
         t = two_steps(folder / f"trust{accumulation}", rows_each=16 // accumulation, accumulation=accumulation)
         if t.is_main:
             save_file(trainables(t), folder / f"trust-{accumulation}.safetensors")
+    values = evaluated(folder)
+    if t.is_main:
+        (folder / "evaluated.json").write_text(json.dumps(values))
+    (folder / f"unused{t.rank}.json").write_text(json.dumps(unused(folder)))
     counts = by_tokens(folder)
     args = {
         "objective": "rloo", "beta": 0.1, "output_dir": str(folder / "online"), "max_steps": 3, "per_device_train_batch_size": 8,

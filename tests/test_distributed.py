@@ -137,3 +137,25 @@ def test_a_self_check_that_one_process_fails_stops_both(two: Path) -> None:
     zero, one = (json.loads((two / f"skipped{rank}.json").read_text())["said"] for rank in range(2))
     assert "another process stopped the run" in zero
     assert "self-check trainable: no parameter is trainable" in one
+
+
+def test_whole_step_advantages_of_an_evaluation_do_not_depend_on_the_number_of_processes(
+    two: Path, tmp_path: Path
+) -> None:
+    alone, both = job.evaluated(tmp_path), json.loads((two / "evaluated.json").read_text())
+    for case, values in alone.items():
+        for one, other in zip(values, both[case], strict=True):
+            assert other == pytest.approx(one, rel=1e-9, abs=1e-11), case
+        assert abs(values[0]["eval_loss"]) > 1e-3
+
+
+def test_weights_without_a_gradient_stop_both_processes_or_are_let_be_by_both(two: Path, tmp_path: Path) -> None:
+    zero, one = (json.loads((two / f"unused{rank}.json").read_text()) for rank in range(2))
+    for said in (zero, one):
+        assert "self-check gradients: every trained tensor" in said["checked"]
+        assert "model.spare (2 tensors)" in said["checked"]
+        assert said["unchecked"].startswith("step 2: trained tensors got no gradient")
+        assert "self_checks: {gradients: false}" in said["unchecked"]
+    alone = job.unused(tmp_path)
+    assert zero["allowed"] == one["allowed"] == pytest.approx(alone["allowed"], rel=1e-10)
+    assert alone["unchecked"] == alone["allowed"]

@@ -125,3 +125,91 @@ def test_separator_belongs_to_the_prompt(tmp_path: Path) -> None:
     example = t.train_data.examples[0]
     assert t.tokenizer.decode(example.prompt_ids) == "1+0=#"
     assert t.tokenizer.decode(example.completions[0].ids[:-1]) == "1"
+
+
+def test_rewards_and_judges_are_told_whether_the_policy_trains(tmp_path: Path) -> None:
+    told: list[tuple[str, bool]] = []
+    where = ["train"]
+
+    def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        told.append((where[0], trainer_state.is_training))
+        return [float(len(text)) for text in completions]
+
+    def judge(completions: list[str], opponents: list[str], trainer_state: Any) -> list[float]:
+        told.append((where[0], trainer_state.is_training))
+        return [0.5 + 0.1 * (len(a) > len(b)) for a, b in zip(completions, opponents, strict=True)]
+
+    class Spy(Trainer):
+        def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+            where[0] = "evaluate"
+            values = super().evaluate(eval_dataset)
+            where[0] = "train"
+            return values
+
+    prompts = [{"prompt": f"{i}="} for i in range(8)]
+    settings = {
+        "objective": "dpo", "beta": 0.1, "max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4,
+        "max_completion_length": 4, "disable_tqdm": True, "report_to": [],
+    }  # fmt: skip
+    oracles: dict[str, dict[str, Any]] = {"reward": {"reward_funcs": reward}, "judge": {"judge": judge}}
+    for name, oracle in oracles.items():
+        told.clear()
+        Spy(
+            tiny_llama(), {**settings, "output_dir": str(tmp_path / name)}, train_dataset=prompts[2:], eval_dataset=prompts[:2],
+            processing_class=char_tokenizer(), **oracle,
+        ).train()  # fmt: skip
+        assert {state for state, _ in told} == {"train", "evaluate"}, name
+        assert all(training == (state == "train") for state, training in told), name
+
+
+def test_held_out_prompts_without_a_score_are_no_steps(tmp_path: Path) -> None:
+    """Many batches of an evaluation may be unscored; ``max_unscored_steps`` counts training steps."""
+
+    def only_in_training(completions: list[str], trainer_state: Any, **columns: Any) -> list[float | None]:
+        return [float(len(text) + i) if trainer_state.is_training else None for i, text in enumerate(completions)]
+
+    settings = {
+        "objective": "rloo", "beta": 0.1, "max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4,
+        "max_completion_length": 4, "per_device_eval_batch_size": 1, "max_unscored_steps": 2, "disable_tqdm": True, "report_to": [],
+        "output_dir": str(tmp_path),
+    }  # fmt: skip
+    prompts = [{"prompt": f"{i}="} for i in range(9)]
+    t = Trainer(
+        tiny_llama(), settings, train_dataset=prompts[6:], eval_dataset=prompts[:6], processing_class=char_tokenizer(),
+        reward_funcs=only_in_training,
+    )  # fmt: skip
+    values = t.train()
+    assert t.step == 2
+    assert t.unscored_steps == 0
+    assert values["eval_rewards/unscored_fraction"] == 1.0
+
+
+#: Rows of which every one has another mean reward: normalised over a part of them, advantages come out otherwise.
+SCORED = [
+    {"prompt": f"{i}=", "completions": ["a" * (1 + k + i % 3) for k in range(3)], "scores": [float(i * k) for k in range(3)]}
+    for i in range(7)
+]  # fmt: skip
+WHOLE_STEP: list[tuple[str, dict[str, Any]]] = [
+    ("reinforce", {"advantage": "batch_norm"}),
+    ("reinforce", {"advantage": "group_mean_batch_norm"}),
+    ("reinforce", {"advantage": "reward_to_go", "gamma": 0.5, "whiten": True}),
+]
+
+
+@pytest.mark.parametrize(("objective", "axes"), WHOLE_STEP, ids=["batch", "group", "to_go"])
+def test_advantages_are_normalised_over_all_held_out_rows(tmp_path: Path, objective: str, axes: dict[str, Any]) -> None:
+    found = []
+    for size in (1, 2, 7):
+        args = {
+            "objective": objective, "objective_args": axes, "output_dir": str(tmp_path), "max_steps": 1, "dtype": "float64",
+            "per_device_train_batch_size": 4, "per_device_eval_batch_size": size, "disable_tqdm": True, "report_to": [],
+        }  # fmt: skip
+        t = Trainer(tiny_llama(dtype=torch.float64), args, train_dataset=SCORED, processing_class=char_tokenizer())
+        found.append(t.evaluate(SCORED))
+    batch = t.objective.prepare(t.source.make_batch(range(7)))  # type: ignore[union-attr]
+    whole = torch.ones(len(t.objective.terms))
+    with torch.no_grad():
+        total, (output,) = t.objective.compute(t.forward(batch, frozenset({"logps"})), batch, whole)
+    assert found[0]["eval_loss"] == pytest.approx(float(total) / float(output.counted.sum()), rel=1e-11)
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-11, abs=1e-13)

@@ -10,10 +10,11 @@ import re
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlft.report import Panel, comparison_table, curves, demo_report, plot_curves, write_report
+from rlft.report import Panel, comparison_table, curves, demo_report, panels, plot_curves, write_report
 from rlft.report.page import flatten, number
 
 pytest.importorskip("matplotlib", reason="reports need the extra `report`")
@@ -298,8 +299,8 @@ def test_a_nan_is_marked_and_not_drawn(tmp_path: Path, figures: list) -> None:
 
 def test_one_run_shows_raw_and_smoothed(figures: list) -> None:
     rows = [{"step": s, "kl": float(s % 2), "learning_rate": 1e-6 * (s % 2), "entropy": 1.0} for s in range(1, 101)]
-    panels = curves.present(curves.PANELS, ["kl", "learning_rate", "entropy"])
-    curves.draw_run(rows, panels)
+    shown = panels.present(panels.PANELS, ["kl", "learning_rate", "entropy"])
+    curves.draw_run(rows, shown)
     kl, entropy, rate = figures[0].axes
     raw, smoothed = kl.lines
     assert list(raw.get_ydata()) == [row["kl"] for row in rows]
@@ -336,16 +337,16 @@ def test_series_takes_numbers_alone_and_the_last_row_of_a_step() -> None:
 def test_panels_show_every_metric_once() -> None:
     keys = ["rewards/exact/mean", "rewards/length/mean", "rewards/exact/std", "reward", "completions/mean_length"]
     keys += ["completions/min_length", "completions/max_length", "clip_ratio/low", "mine/own", "eval_loss", "loss"]
-    known = curves.present(curves.PANELS, keys)
+    known = panels.present(panels.PANELS, keys)
     shown = [key for panel in known for key in (*panel.keys, *(panel.band or ()))]
-    more = curves.leftover_panels(known, [*keys, "step"])
+    more = panels.leftover_panels(known, [*keys, "step"])
     assert [panel.keys for panel in more] == [("mine/own",)]
     assert sorted([*shown, "mine/own"]) == sorted(keys)
-    titles = [panel.title for panel in curves.per_key(known)]
+    titles = [panel.title for panel in panels.per_key(known)]
     assert "Reward by function: exact" in titles
     assert "Loss" in titles
     assert "Loss: held out" in titles
-    no_band = curves.present(curves.PANELS, ["completions/mean_length", "completions/min_length"])
+    no_band = panels.present(panels.PANELS, ["completions/mean_length", "completions/min_length"])
     assert no_band[0].band is None
 
 
@@ -361,13 +362,68 @@ def test_panels_show_every_metric_once() -> None:
     ],
 )
 def test_labels(keys: list[str], labels: list[str]) -> None:
-    assert curves.labels_of(keys) == labels
+    assert panels.labels_of(keys) == labels
 
 
 def test_own_panels_can_be_given(tmp_path: Path, figures: list) -> None:
     plot_curves({"a": [_rows()]}, [Panel("Mine", ("kl", "reward"), "units")], tmp_path / "x.png")
     assert [axis.get_title(loc="left") for axis in figures[0].axes] == ["Mine", "Mine: reward"]
     assert figures[0].axes[0].get_ylabel() == "units"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.43124, 0.43162, 0.43174, 0.43197], [1.1e-6, 1.6e-6, 1.9e-6, 4e-7], [-0.000123, -0.000125, -0.000124, -0.000129],
+        [123456.7, 123456.9, 123456.8, 123456.75], [9.9e8, 1.2e9, 1.1e9, 1e9], [100.00012, 100.00018, 100.00015, 100.0001],
+        [1e-12, 2e-9, 5e-5, 1e4], [0.0, 0.0, 0.0, 0.0], [-3.25, 700.0, 12.0, 80.0],
+    ],
+    ids=range(9),
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [{}, {"log": True}, {"zero": True}], ids=["plain", "log", "zero"])
+def test_labels_of_an_axis_do_not_touch(figures: list, values: list[float], kind: dict[str, Any]) -> None:
+    """Also where numbers differ in their last digits: tick labels, the axis's own label and the figure's edge."""
+    rows = [{"step": step, "x": value} for step, value in enumerate(values, 1)]
+    curves.draw_run(rows, [Panel("Left", ("x",), "nats per token", **kind), Panel("Right", ("x",), "GiB", **kind)])
+    figure = figures[0]
+    for axis in figure.axes:
+        label = axis.yaxis.label.get_window_extent()
+        low, high = axis.get_ylim()
+        ticks = [t for t in axis.yaxis.get_major_ticks() if low <= t.get_loc() <= high and t.label1.get_text()]
+        assert ticks or kind == {"log": True}
+        for tick in ticks:
+            assert tick.label1.get_window_extent().x0 > label.x1 + 1, (tick.label1.get_text(), values)
+        assert label.x0 > 2
+    left, right = figure.axes
+    assert right.yaxis.label.get_window_extent().x0 > left.get_window_extent().x1
+
+
+@pytest.mark.parametrize("title", ["Tokens per second: sampled tokens per second", "eval_" + "long/" * 12, "x"])
+def test_a_long_title_ends_with_its_panel(figures: list, title: str) -> None:
+    curves.draw_run([{"step": 1, "x": 1.0}], [Panel(title, ("x",))])
+    (axis,) = figures[0].axes
+    shown = axis.title if axis.title.get_text() else axis._left_title
+    assert shown.get_text() == title
+    assert shown.get_window_extent().x1 <= figures[0].bbox.x1
+
+
+def test_panels_of_a_picture_share_their_steps(figures: list) -> None:
+    rows: list[dict[str, float]] = [{"step": step, "x": float(step)} for step in range(1, 41)]
+    rows += [{"step": step, "y": 1.0} for step in (20, 40)]
+    curves.draw_run(rows, [Panel("Training", ("x",)), Panel("Held out", ("y",))])
+    training, held_out = figures[0].axes
+    assert training.get_xlim() == held_out.get_xlim()
+    assert training.get_xlim()[0] < 1 < 40 < training.get_xlim()[1]
+    assert {int(tick) for tick in training.get_xticks() if 1 <= tick <= 40} == {10, 20, 30, 40}
+
+
+def test_memory_is_drawn_from_zero_and_held_out_metrics_have_the_unit_of_their_training(figures: list) -> None:
+    rows = [{"step": step, "meter/peak_memory_gib": 0.43 + 1e-4 * step} for step in range(1, 6)]
+    curves.draw_run(rows, panels.present(panels.PANELS, ["meter/peak_memory_gib"]))
+    assert figures[0].axes[0].get_ylim()[0] == 0
+    known = panels.present(panels.PANELS, ["completions/clipped_ratio", "completions/mean_length"])
+    more = panels.leftover_panels(known, ["eval_completions/clipped_ratio", "eval_completions/mean_length", "eval_own"])
+    assert [panel.unit for panel in more] == ["fraction", "tokens", ""]
 
 
 def test_more_groups_than_colours_stay_apart(tmp_path: Path, figures: list) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 
 from rlft import checkpoint
 from rlft.config import SELF_CHECKS, Config, ConfigError, load_config
-from rlft.errors import TrainingError
+from rlft.errors import Interrupted, TrainingError
 from rlft.run import display, first_step, selfcheck
 from rlft.run import state as _state
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, refused, same, state, trainer, varied
@@ -57,7 +59,7 @@ def test_a_sound_run_passes_all_and_says_what_they_cost(
     lines = [r.message for r in caplog.records if "self-checks" in r.message]
     assert [line.split(" in ")[0] for line in lines] == ["self-checks passed", "self-checks of the first step passed"]
     assert all(f"{name} " in lines[0] for name in selfcheck.CHECKS)
-    assert {*selfcheck.CHECKS, "first_step", "on_policy"} == set(SELF_CHECKS)
+    assert {*selfcheck.CHECKS, "first_step", "gradients", "on_policy"} == set(SELF_CHECKS)
     off = run(tmp_path / "off", kind=kind, **{**extra, "self_checks": False})
     off.train()
     assert same(state(t), state(off))  # looking changes nothing: weights, moments, random numbers
@@ -338,20 +340,75 @@ def test_rehearsals_are_not_counted_with_saves(tmp_path: Path, monkeypatch: pyte
 
 # -- the first step -----------------------------------------------------------------------------------------------------------
 def test_an_adapter_that_is_not_active(tmp_path: Path) -> None:
-    t = run(tmp_path, "first_step", use_peft=True)
+    t = run(tmp_path, "gradients", use_peft=True)
     module = next(m for m in t.policy.modules() if hasattr(m, "lora_A"))
     module.enable_adapters(False)
     module.requires_grad_(False)
     for name, p in module.named_parameters():
         p.requires_grad_("lora" in name)
-    stops(t, "first_step", "2 of 28 have none", "lora_A", "an adapter that is not active")
+    stops(t, "gradients", "2 of 28 have none", "self_attn.q_proj (2 tensors)", "an adapter that is not active")
 
 
 def test_a_detached_layer(tmp_path: Path) -> None:
-    t = run(tmp_path, "first_step")
+    t = run(tmp_path, "gradients")
     mlp = t.policy.hf_model.model.layers[0].mlp
     mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.detach())
-    stops(t, "first_step", "1 of 21 have none (model.model.layers.0.mlp.up_proj.weight)")
+    stops(t, "gradients", "1 of 21 have none (model.model.layers.0.mlp.up_proj.weight)")
+
+
+class Tower(nn.Module):
+    """Layers of a model that reading text never comes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+
+def with_tower() -> Any:
+    model = tiny_llama()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.model.vision_tower = Tower()
+    return model
+
+
+def test_weights_that_text_does_not_use_are_named_by_their_module(tmp_path: Path) -> None:
+    t = run(tmp_path, "gradients", model=with_tower())
+    stops(
+        t, "gradients", "4 of 25 have none (model.model.vision_tower (4 tensors))", "requires_grad_(False)", "use_peft: true",
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_without_their_gradients_where_that_is_said(tmp_path: Path) -> None:
+    """The other checks stay on; the unused weights stay what they are, through a stop and a resume."""
+    quiet: dict[str, Any] = {"self_checks": {"gradients": False}, "max_steps": 3}
+    whole = run(tmp_path / "whole", model=with_tower(), **quiet)
+    whole.train()
+
+    def stop(event: str, t: Any, values: Any) -> None:
+        if event == "step" and t.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", model=with_tower(), callbacks=[stop], **quiet).train()
+    resumed = run(tmp_path / "cut", model=with_tower(), **quiet)
+    resumed.train()
+    assert same(state(resumed), state(whole))
+    before = {name: p.clone() for name, p in with_tower().named_parameters()}
+    for name, p in whole.policy.hf_model.named_parameters():
+        assert torch.equal(p, before[name]) == ("vision_tower" in name), name
+    frozen = with_tower()
+    frozen.model.vision_tower.requires_grad_(False)
+    other = run(tmp_path / "frozen", model=frozen, **{**quiet, "self_checks": True})
+    other.train()
+    assert all(torch.equal(p, q) for p, q in zip(whole.policy.parameters(), other.policy.parameters(), strict=True))
+
+
+def test_modules_are_named_by_their_longest_common_part() -> None:
+    trained = ["a.b.w", "a.b.v", "a.c.w", "d", "e.w", "e.v"]
+    assert first_step.modules_of(["a.b.w", "a.b.v", "d"], trained) == ["a.b (2 tensors)", "d"]
+    assert first_step.modules_of(["a.b.w", "a.b.v", "a.c.w", "e.v"], trained) == ["a (3 tensors)", "e.v"]
+    assert first_step.modules_of(["ab"], ["ab", "abc"]) == ["ab"]
 
 
 def test_a_frozen_tensor_that_moves(tmp_path: Path) -> None:

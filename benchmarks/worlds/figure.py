@@ -7,7 +7,8 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
-from benchmarks.worlds.field import F64, Field, Problem
+from benchmarks.worlds.field import Field
+from benchmarks.worlds.problem import F64, Problem
 from benchmarks.worlds.rows import Row
 from rlft.report import curves as _curves
 
@@ -33,9 +34,9 @@ def curve(problem: Problem, row: Row, behaviour: Tensor | None, times: tuple[flo
     x, now, found = flow.start(problem.ref), 0.0, {}
     start = problem.world.kl(problem.ref, problem.best)
     for time in times:
-        slope = flow(x[None])[0]
+        slope, matrix = flow.linearise(x)
         linear = torch.zeros(x.numel() + 1, x.numel() + 1, dtype=F64)
-        linear[:-1, :-1], linear[:-1, -1] = flow.jacobian(x, slope) + flow.free(), slope
+        linear[:-1, :-1], linear[:-1, -1] = matrix + flow.free(), slope
         x, now = x + torch.linalg.matrix_exp(-(time - now) * linear)[:-1, -1], time
         found[time] = (problem.world.kl(flow.table(x), problem.best) / start).abs().item()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.worlds.field import Rest
+from benchmarks.worlds.rest import Rest
 from benchmarks.worlds.rows import ROWS, Row
 
 __all__ = ["REACHED", "page", "rest_cell", "rest_line", "table", "variance_cell"]

@@ -1,7 +1,8 @@
-"""Which objectives are measured, with what settings, and where theory says they come to rest at the optimum.
+"""Which objectives are measured, with what settings, and where theory says they come to rest.
 
 ``reaches`` has a letter for each way to sample, in the bandit and then with answers of several tokens: ``y`` where descent
-from the reference ends at the target, ``-`` where it does not. The measurement must agree with it, or it is refused.
+from the reference ends at the target, ``d`` to ``i`` where it ends at another policy that is known (see
+:meth:`benchmarks.worlds.problem.Problem.landing`), ``-`` where it ends at neither. The measurement must agree with it, or it is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from rlft import recipes
 from rlft.objective import Objective
 
-__all__ = ["ROWS", "Row", "Target"]
+__all__ = ["ROWS", "WITHOUT", "Row", "Target"]
 
 Target = Literal["optimum", "preference", "nash", "per_token"]
 
@@ -29,8 +30,11 @@ class Row:
         pairs: groups are (chosen, rejected), labelled by Bradley and Terry from the rewards.
         target: what it is meant to find.
         mixture: share of the reference in the rival of the preference games, a geometric mixture with the policy.
+        one_value: the critic has one number for all prefixes; otherwise one for each.
         reaches: see the module.
-        kinked: with fixed samples the field jumps where a ratio is clipped, and is followed by plain small steps.
+        within: how near it must come to count as there, as a share of the start's KL; more for steps of fixed length.
+        pull: what multiplies beta in the policy that a letter of ``reaches`` names.
+        clip: with fixed samples the field jumps where a ratio is clipped: that of a ``token``, or an answer's ``sum`` or ``mean``.
     """
 
     objective: str
@@ -39,13 +43,17 @@ class Row:
     pairs: bool = False
     target: Target = "optimum"
     mixture: float = 0.0
+    one_value: bool = False
     reaches: str = "yyy yyy"
-    kinked: bool = False
+    within: float = 1e-8
+    pull: float = 1.0
+    clip: Literal["", "token", "sum", "mean"] = ""
 
     @property
     def name(self) -> str:
         """Objective and settings, as one would write them in YAML."""
-        settings = {**self.hyper, **({"mixture": self.mixture} if self.mixture else {})}
+        more = {"mixture": self.mixture} if self.mixture else {"critic": "one number"} if self.one_value else {}
+        settings = {**self.hyper, **more}
         return self.objective + (" (" + ", ".join(f"{k}: {v}" for k, v in settings.items()) + ")" if settings else "")
 
     def build(self, beta: float) -> Objective:
@@ -54,11 +62,13 @@ class Row:
 
 
 _R = Row
-_FRESH, _ONE_TOKEN, _NEVER = "y-- y--", "y-- ---", "--- ---"
+_FRESH, _NEVER = "y-- y--", "--- ---"
+_OWN_KL = "y-- d--"  # each token is charged its own KL: in a bandit, that is all there is
 _IN_LOSS = {"advantage": "leave_one_out", "kl": "loss"}
 _IN_REWARD = {"advantage": "leave_one_out", "kl": "reward"}
-_CLIP = {**_IN_REWARD, "kl_value": "k1"}
-_BY_GRADIENT = {"k1": _NEVER, "k2": _ONE_TOKEN, "k3": _NEVER, "ratio_k3": _ONE_TOKEN}
+_K1 = {**_IN_REWARD, "kl_value": "k1"}
+_TO_GO = {**_K1, "advantage": "reward_to_go"}
+_BY_GRADIENT = {"k1": _NEVER, "k2": _OWN_KL, "k3": "e-- e--", "ratio_k3": _OWN_KL}
 ROWS: dict[str, tuple[Row, ...]] = {
     "AGRO, for any samples": (
         _R("agro_off_policy"),
@@ -85,29 +95,56 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _R("agro_on_policy_lr_moments", reaches=_FRESH),
     ),
     "Policy gradient, KL in the loss": (
-        _R("kl_policy_gradient_exact", reaches=_ONE_TOKEN),
+        _R("kl_policy_gradient_exact", reaches=_OWN_KL),
         *(_R("kl_policy_gradient", {"kl_gradient": g}, reaches=r) for g, r in _BY_GRADIENT.items()),
         *(_R("reinforce", {**_IN_LOSS, "kl_value": v}, reaches=_BY_GRADIENT[v]) for v in ("k1", "k2", "k3")),
-        _R("reinforce", {**_IN_LOSS, "kl_value": "k3", "kl_gradient": "ratio_k3"}, reaches=_ONE_TOKEN),
-        _R("reinforce", {**_IN_LOSS, "kl_value": "exact"}, reaches=_ONE_TOKEN),
-        _R("grpo", {"advantage": "group_norm"}, n=3, reaches=_NEVER, kinked=True),
-        _R("grpo", {"advantage": "group_mean"}, reaches=_NEVER, kinked=True),
-        _R("grpo", {"advantage": "group_mean", "kl_gradient": "ratio_k3"}, reaches=_NEVER, kinked=True),
-        _R("grpo", {"advantage": "leave_one_out", "kl_gradient": "ratio_k3"}, reaches=_ONE_TOKEN, kinked=True),
-        _R("dr_grpo", {"length": 3}, reaches=_NEVER, kinked=True),
+        _R("reinforce", {**_IN_LOSS, "kl_value": "k3", "kl_gradient": "ratio_k3"}, reaches=_OWN_KL),
+        _R("reinforce", {**_IN_LOSS, "kl_value": "exact"}, reaches=_OWN_KL),
+        _R("grpo", {"advantage": "group_norm"}, n=3, reaches=_NEVER, clip="token"),
+        _R("grpo", {"advantage": "group_mean"}, reaches="e-- ---", pull=2, clip="token"),
+        _R("grpo", {"advantage": "group_mean", "kl_gradient": "ratio_k3"}, reaches="d-- ---", pull=2, clip="token"),
+        _R("grpo", {"advantage": "leave_one_out", "kl_gradient": "ratio_k3"}, reaches="y-- ---", clip="token"),
+        _R("dr_grpo", {"length": 3}, reaches="e-- e--", pull=2, clip="token"),
+        _R("dapo", n=3, reaches=_NEVER, clip="token"),
+        _R("reinforce_plus_plus_baseline", reaches="g-- g--", clip="token"),
+        _R("trpo", {**_IN_LOSS, "kl_value": "exact"}, reaches="yyy dii", within=1e-3),
     ),
     "Policy gradient, KL in the reward": (
-        _R("reinforce", {**_IN_REWARD, "kl_value": "k1"}, reaches=_FRESH),
+        _R("reinforce", _K1, reaches=_FRESH),
+        _R("reinforce", _TO_GO, reaches=_FRESH),
         *(_R("reinforce", {**_IN_REWARD, "kl_value": v}, reaches=_NEVER) for v in ("k2", "k3")),
-        _R("ppo_clip", {**_CLIP, "clip_eps": 0.2}, reaches=_FRESH, kinked=True),
-        _R("gspo", {**_CLIP, "clip_eps": 0.2}, reaches=_FRESH, kinked=True),
-        _R("cispo", {**_CLIP, "clip_eps_high": 0.2}, reaches=_FRESH, kinked=True),
+        _R("ppo_clip", {**_K1, "clip_eps": 0.2}, reaches=_FRESH, clip="token"),
+        _R("reinforce_plus_plus", reaches=_FRESH, clip="token"),
+        _R("gspo", {**_K1, "clip_eps": 0.2}, reaches=_FRESH, clip="mean"),
+        _R("gspo_token", {**_K1, "clip_eps": 0.2}, reaches=_FRESH, clip="mean"),
+        _R("cispo", {**_K1, "clip_eps_high": 0.2}, reaches=_FRESH),
+        _R("sapo", _K1, reaches=_FRESH),
+        _R("p3o", {"clip_eps": 0.2}, reaches=_FRESH, clip="sum"),
+        _R("p3o", {"clip_eps": 1.0, "clip_eps_high": 1e9}),
+        _R("p3o", {"clip_eps": 0.2, "clipping": "joint"}),
+        _R("trpo", _K1, reaches=_FRESH, within=1e-2),
+        _R("trpo", {**_K1, "max_kl": 1e-4}, reaches=_FRESH, within=1e-3),
+    ),
+    "Policy gradient with a critic, KL in the reward": (
+        _R("ppo", reaches=_FRESH, clip="token"),
+        _R("ppo", {"lam": 1.0}, one_value=True, reaches=_FRESH, clip="token"),
+        _R("ppo", one_value=True, reaches="y-- ---", clip="token"),
+    ),
+    "Policy gradient, KL to the sampler in the loss": (
+        _R("ppo_penalty", {"advantage": "leave_one_out"}, reaches="-ff -ff"),
     ),
     "Preferences": (
         _R("dpo", pairs=True),
         _R("ipo", pairs=True, target="preference"),
         _R("ipo_md", target="preference"),
         _R("nash_md_pg", n=1, target="nash", reaches=_FRESH),
-        _R("nash_md_pg", n=1, target="nash", mixture=0.125, reaches=_NEVER),
+        _R("nash_md_pg", n=1, target="nash", mixture=0.125, reaches="h-- h--"),
     ),
+}
+
+#: Objectives that train on rewards and have no KL to hold, and why.
+WITHOUT: dict[str, str] = {
+    "grpo_plus": "no KL, by definition; with one it is `grpo`",
+    "rrhf": "ranks answers by their mean log-prob and imitates the best",
+    "value_loss": "trains a critic",
 }

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.worlds.field import Field, Problem
+from benchmarks.worlds.field import Field
+from benchmarks.worlds.problem import Problem
 from benchmarks.worlds.rows import Row
 
 __all__ = ["FRESH", "OTHER", "Spread", "places", "spread"]

@@ -40,17 +40,17 @@ def group_advantages(
     """``[B]`` advantages of whole answers; NaN or 0 where unscored."""
     if callable(name):
         return name(rewards, batch.group_ids, **settings)
-    if name not in WHOLE_STEP or everyone is None:
+    if name not in WHOLE_STEP:
         return ADVANTAGES[name](rewards, batch.group_ids, **settings)
     return _whiten(WHOLE_STEP[name](rewards, batch.group_ids), ~torch.isnan(rewards), everyone, **settings)
 
 
 def _whiten(values: Tensor, counted: Tensor, everyone: Everyone | None, **settings: Any) -> Tensor:
     """Mean 0 and variance 1 over the counted entries of all processes; 0 elsewhere."""
-    own = values[counted]
+    own = values[counted].double()  # sums of processes in any order, to the digit
     every, here = (own, slice(None)) if everyone is None else everyone(own)
     scaled = advantages.whiten(every, torch.ones_like(every, dtype=torch.bool), **settings)[here]
-    return torch.zeros_like(values).masked_scatter(counted, scaled)
+    return torch.zeros_like(values).masked_scatter(counted, scaled.to(values.dtype))
 
 
 def token_rewards(batch: Batch, rewards: Tensor, penalty: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "vector",
 ]
 
+_SHOWN = 120  # known words in a message: more than there are settings, fewer than there are model families
 _LARGEST = torch.finfo(torch.float64).max  # an int beyond it cannot be asked whether it is finite
 
 # A float32 log-softmax is z - lse with both near 20, so one ulp of slack is 2e-6 and a sum of a
@@ -220,8 +221,12 @@ def _did_you_mean(value: object, known: tuple[str, ...]) -> str:
 
 
 def suggestion(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """``; did you mean 'x'?`` when a known word is close, else the list of known words."""
+    """``; did you mean 'x'?`` when a known word is close, else the list of known words, cut where it gets long."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = sorted(known)[:_SHOWN]
+    more = f", ... ({len(known)} in all)" if len(known) > _SHOWN else ""
+    return f"; known: {', '.join(shown)}{more}"

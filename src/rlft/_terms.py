@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft import reduce
+from rlft import _check, reduce
 from rlft.types import Batch, LossOutput
 
-__all__ = ["BEHAVIOUR", "FORWARD", "MADE", "REFERENCE", "LossFunction", "Term", "bind", "probe", "split_signature"]
+__all__ = [
+    "BEHAVIOUR",
+    "FORWARD",
+    "MADE",
+    "REFERENCE",
+    "LossFunction",
+    "Term",
+    "beside",
+    "bind",
+    "check_rows",
+    "probe",
+    "split_signature",
+]
 
 LossFunction = Callable[..., LossOutput | Tensor]
 
@@ -64,6 +76,8 @@ class Term:
         reduction: the averaging; ``"mean"`` for a loss per pair or sequence.
         length: the constant of ``fixed_length``.
         rename: parameter name -> quantity it is bound to, where they differ (``values`` of DRO is V(x)).
+        rows: ``chosen`` for the chosen answers of pairs (the desired ones of labelled rows) alone, ``all``; None: all, and
+            nobody said so.
     """
 
     function: LossFunction
@@ -73,6 +87,7 @@ class Term:
     reduction: str = "mean"
     length: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
+    rows: str | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +109,22 @@ class Term:
         return frozenset(names - REFERENCE if self.hyper.get("beta") == 0 else names)
 
     @property
+    def imitates(self) -> bool:
+        """Whether the loss makes every answer it sees more likely."""
+        return bool(getattr(self.function, "imitates", False))
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the loss tells better answers from worse by their place in a pair, or by their label."""
+        sources = {*self.sources}
+        grouped = "group_ids" in sources and not sources & {"rewards", "advantages"} and not self.quantities - MADE
+        return self.per_pair or "labels" in sources or grouped
+
+    def mask(self, batch: Batch) -> Tensor:
+        """``[B, T]``: the batch's mask, on the rows that this term acts on."""
+        return batch.mask & _chosen(batch)[:, None] if self.rows == "chosen" else batch.mask
+
+    @property
     def min_group(self) -> int:
         return int(getattr(self.function, "min_group", 2 if "group_ids" in self.tensors else 1))
 
@@ -104,11 +135,52 @@ class Term:
         return float(self.hyper.get("lr_coef", parameter.default)) if parameter is not None else 0.0
 
     def entries(self, mask: Tensor) -> Tensor:
-        """Which entries of this loss count, from the batch's mask: tokens, sequences or pairs."""
+        """Which entries of this loss count, from the mask of its rows: tokens, sequences or pairs."""
         if self.reduction != "mean":
             return mask
         alive = mask.any(-1)
         return alive[0::2] & alive[1::2] if self.per_pair else alive
+
+
+def beside(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The terms of a sum: one that imitates answers takes the chosen alone where another says which those are.
+
+    Unless it was made with ``rows``. In RPO, MPO and CPO the likelihood term is on the chosen answer.
+    """
+    if not any(term.prefers for term in terms):
+        return terms
+    return tuple(replace(t, rows="chosen") if t.imitates and t.rows is None else t for t in terms)
+
+
+def check_rows(term: Term) -> None:
+    """Refuse a choice of rows that a loss cannot have, or that would do nothing.
+
+    Raises:
+        ValueError: naming the choice and the remedy.
+    """
+    if term.rows is None:
+        return
+    if term.rows not in ("all", "chosen"):
+        raise ValueError(f"rows {term.rows!r} is unknown{_check.suggestion(term.rows, ['all', 'chosen'])}")
+    if term.prefers or {"group_ids", "rewards", "advantages"} & set(term.sources):
+        raise ValueError(
+            f"rows={term.rows!r} does nothing: {term.name!r} compares answers, and needs all of them; drop rows"
+        )
+    if term.rows == "all" and not term.imitates:
+        raise ValueError(f"rows='all' does nothing: {term.name!r} acts on all rows as it is; drop rows")
+
+
+def _chosen(batch: Batch) -> Tensor:
+    """``[B]``: the first answer of each pair, or the rows whose label is True."""
+    if batch.labels is not None:
+        return batch.labels
+    if not _paired(batch):
+        raise ValueError(f"rows='chosen' needs pairs, rows in twos, chosen first, or labels; got {batch.num_rows} rows")
+    return torch.arange(batch.num_rows, device=batch.device) % 2 == 0
+
+
+def _paired(batch: Batch) -> bool:
+    return batch.num_rows % 2 == 0 and torch.equal(batch.group_ids[0::2], batch.group_ids[1::2])
 
 
 def split_signature(function: LossFunction) -> tuple[tuple[str, ...], dict[str, inspect.Parameter]]:
@@ -140,10 +212,13 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
             # a blank row is no answer of probability one, which some losses refuse
             alive = batch.mask.any(-1)
             per_row = reduce.sequence_sum(bind(source, outputs, batch, objective), batch.mask).where(alive, -1.0)
-        if per_row.shape[0] % 2 or not torch.equal(batch.group_ids[0::2], batch.group_ids[1::2]):
+        if not _paired(batch):
             raise ValueError(
                 f"objective {objective!r} needs pairs: rows in twos, chosen first; got {batch.num_rows} rows"
             )
+        if source in ("scores", "margin", "win_rates"):  # a pair that counts nowhere may hold anything
+            alive = batch.mask.any(-1).reshape(-1, 2).all(-1)
+            per_row = per_row.where(alive.repeat_interleave(2), 0.0)
         return per_row[1::2] if "rejected" in name else per_row[0::2]
     stored = {"old_values": "values"}.get(name, name)
     if name != "values" and getattr(batch, stored, None) is not None and stored not in ("extras",):

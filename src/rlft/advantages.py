@@ -100,6 +100,11 @@ class Groups:
         n = self.count.to(x.dtype)  # before dividing: integers would divide in float32
         return self.centred(x) * self._wide(n / (n - 1).clamp(min=1), x)
 
+    def together(self) -> Bool[Tensor, "B B"]:
+        """True for two members of one group, a row and itself included."""
+        same = self.index[:, None] == self.index[None, :]
+        return same & self.member[:, None] & self.member[None, :]
+
     def others_mean(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """The mean of the other members of a row's group; zero where there are none."""
         others = (self.total(x) - x) / self._wide(self.count - 1, x)

@@ -45,8 +45,8 @@ def _explain(error: Exception) -> int:
     print(f"rlft: {redact(str(error))}", file=sys.stderr)
     if isinstance(error, Interrupted):
         return INTERRUPTED
-    if isinstance(error, ValueError) and not isinstance(error, TrainingError):
-        return REFUSED
+    if isinstance(error, (ValueError, ImportError)) and not isinstance(error, TrainingError):
+        return REFUSED  # an extra that is not installed says how to get it
     if not type(error).__module__.startswith("rlft"):
         print(f"({type(error).__name__}; --traceback shows where)", file=sys.stderr)
     return FAILED
@@ -134,6 +134,9 @@ def _print_fields() -> None:
 def _demo(args: argparse.Namespace) -> int:
     from rlft import demo
 
+    for name in ("seeds", "steps", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1; change it, or leave it out")
     return demo.main(args.output, seeds=args.seeds, steps=args.steps, workers=args.workers)
 
 

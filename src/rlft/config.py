@@ -23,10 +23,12 @@ from rlft._redact import secret_keys
 
 __all__ = ["SELF_CHECKS", "Config", "ConfigError", "load_config", "parse_overrides"]
 
-#: What ``self_checks`` can switch off one by one: before the first step, and at it (the last two).
+#: What ``self_checks`` can switch off one by one: before the first step, and at it (the last three).
 SELF_CHECKS = (
-    "reference", "padding", "sample", "trainable", "memory", "dry_checkpoint", "first_step", "on_policy",
+    "reference", "padding", "sample", "trainable", "memory", "dry_checkpoint", "first_step", "gradients", "on_policy",
 )  # fmt: skip
+#: Beyond these a step overflows float32, or divides rounding errors by next to nothing.
+_LARGEST, _COLDEST = 1e30, 1e-3
 
 
 class ConfigError(ValueError):
@@ -116,7 +118,11 @@ class Config:
         group="data",
     )
     train_slice: list[float] | None = _doc("Train on this part of the rows, e.g. [0, 0.25].", None, group="data")
-    eval_data: str | list[str] | None = _doc("The same, held out.", None, group="data")
+    dataset_config: str | None = _doc(
+        "Configuration of the hub dataset that train_data names, such as `main`.", None, group="data"
+    )
+    eval_data: str | list[str] | None = _doc("Held-out rows, given as train_data is.", None, group="data")
+    eval_dataset_config: str | None = _doc("Configuration of the hub dataset that eval_data names.", None, group="data")
     columns: dict[str, str] = _doc("Renames: expected column -> column in the file.", {}, group="data")
     data_format: str = _doc(
         "prompt, prompt_completion, preference, unpaired, ranked, text; `auto` reads the columns.", "auto", group="data"
@@ -142,6 +148,13 @@ class Config:
     )
     shuffle_buffer: int | None = _doc(
         "Streaming: rows that are held to draw from at random; None: the rows' own order.", None, group="data"
+    )
+    dataloader_num_workers: int = _doc(
+        "Processes beside each one of the run that read and tokenise the training rows: ahead of need when streaming, "
+        "else before the first step.",
+        0,
+        group="data",
+        free=True,
     )
     eval_fraction: float | None = _doc(
         "Hold out this share of train_data, the same rows for every seed.", None, group="data"
@@ -331,6 +344,7 @@ class Config:
                 self._at_least(name, 1)
         for name in ("warmup_steps", "top_k", "seed", "log_completions", "sampler_check_steps", "max_nonfinite_steps"):
             self._at_least(name, 0)
+        self._number("dataloader_num_workers", 0, 256)
         for name in (
             "learning_rate",
             "num_train_epochs",
@@ -352,6 +366,8 @@ class Config:
             "adam_beta2",
         ):
             self._number(name, 0.0, 1.0)
+        self._check_sizes()
+        self._check_texts()
         self._check_self_checks()
         self._check_streaming()
         if secrets := secret_keys({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
@@ -460,6 +476,37 @@ class Config:
                 "replay_capacity does nothing while replay_probability is 0; set replay_probability or drop it"
             )
 
+    def _check_sizes(self) -> None:
+        """Numbers that only later, and in other words, would turn out to be too large or too small."""
+        largest = {"seed": 2**63 - 1, "learning_rate": _LARGEST, "weight_decay": _LARGEST}
+        for name, high in largest.items():
+            if getattr(self, name) > high:
+                raise ConfigError(f"{name}={getattr(self, name):g} must be at most {high:g}; lower {name}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name}={getattr(self, name):g} must be below 1: at 1 it never moves; lower {name}")
+        if self.temperature < _COLDEST:
+            raise ConfigError(
+                f"temperature={self.temperature:g} must be at least {_COLDEST:g}: below, log-probs are rounding errors "
+                f"that were divided by it; raise temperature"
+            )
+        for name in ("stop_token_ids", "end_token_ids"):
+            if any(token < 0 for token in getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)} must be token ids, 0 and up; change {name}")
+        for name in ("pair_rewards", "reward_weights"):
+            if any(not abs(value) <= _LARGEST for value in getattr(self, name) or ()):
+                raise ConfigError(f"{name}={getattr(self, name)} must be finite, up to {_LARGEST:g}; change {name}")
+
+    def _check_texts(self) -> None:
+        """An empty path would stand for the working directory."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            parts = value if isinstance(value, list) else [value]
+            if f.name not in ("objective", "separator", "run_name") and any(
+                isinstance(part, str) and not part.strip() for part in parts
+            ):
+                raise ConfigError(f"{f.name}={value!r} is empty; give a value, or drop {f.name}")
+
     def _check_streaming(self) -> None:
         if not self.streaming:
             if self.shuffle_buffer is not None:
@@ -501,6 +548,11 @@ class Config:
         """Whether one of :data:`SELF_CHECKS` is on: all are, but for those that ``self_checks`` switches off."""
         return self.self_checks.get(name, True) if isinstance(self.self_checks, dict) else self.self_checks
 
+    @property
+    def unused_weights(self) -> bool:
+        """Whether trained tensors without a gradient are said to be right, by switching off that check by name."""
+        return isinstance(self.self_checks, dict) and self.self_checks.get("gradients") is False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""
         return dataclasses.asdict(self)
@@ -511,7 +563,7 @@ class Config:
 
     def digest(self) -> str:
         """A hash of :meth:`identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return digest_of(self.identity())
 
     def objective_hyper(self) -> dict[str, Any]:
         """Hyper-parameters under the names of the loss functions."""
@@ -544,6 +596,11 @@ class Config:
         for f in dataclasses.fields(cls):
             table.setdefault(f.metadata["group"], []).append(f)
         return table
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """A hash of settings, by name and value."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

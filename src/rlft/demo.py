@@ -142,10 +142,16 @@ def main(output: str | Path, *, seeds: int = 3, steps: int | None = None, worker
         seeds: runs per algorithm.
         steps: RL steps per run.
         workers: runs at a time.
+
+    Raises:
+        ValueError: when the folder cannot be made.
     """
     folder = Path(output)
     _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}; choose another --output") from error
     steps = steps or RL_STEPS
     count = workers or max(1, min(6, os.cpu_count() or 1))
     started = time.perf_counter()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Interrupted", "TrainingError"]
+__all__ = ["DataError", "Interrupted", "TrainingError"]
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: names the step and the remedy; the weights and the newest checkpoint are intact."""
+
+
+class DataError(TrainingError):
+    """Training rows that cannot be read on: a file, a row, or a process that reads for the run.
+
+    A run that was under way was saved at its last finished step.
+    """
 
 
 class Interrupted(RuntimeError):

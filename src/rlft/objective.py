@@ -5,7 +5,8 @@ positional parameters are the tensors it needs, keyword-only ones its hyper-para
 critic or a group happens in a run follows from the names alone, and so does a user's own function.
 
 An online algorithm is four choices: **advantage** x **surrogate** (the loss) x **KL** x **averaging**; each is an
-argument here. Objectives add up: ``0.8 * Objective(losses.dpo, beta=0.1) + 0.2 * Objective(losses.sft)``.
+argument here. Objectives add up: ``0.8 * Objective(losses.dpo, beta=0.1) + 0.2 * Objective(losses.sft)``, where ``sft``
+learns the chosen answers alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rlft import _check, advantages, kl, reduce
-from rlft._advantage import ADVANTAGES, SIBLINGS, Everyone, group_advantages, to_go, token_rewards
-from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, bind, probe, split_signature
+from rlft._advantage import ADVANTAGES, SIBLINGS, WHOLE_STEP, Everyone, group_advantages, to_go, token_rewards
+from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, beside, bind, check_rows, probe, split_signature
 from rlft.trust_region import TrustRegion
 from rlft.types import Batch, LossOutput
 
@@ -49,6 +50,9 @@ class Objective:
         length: the constant of ``averaging="fixed_length"``.
         name: shown in tables and logs.
         rename: parameter name -> quantity, where they differ.
+        rows: ``"chosen"`` keeps a loss per token or sequence to the chosen answers of pairs (of labelled rows, the desired
+            ones); ``"all"`` lets ``sft`` or ``distillation`` imitate both. Default: all rows, and for those two in a sum
+            with a preference loss the chosen ones. A KL term (``kl``) is on all rows.
         trust_region: limits of a natural-gradient step with line search, which then replaces the optimizer's for the
             policy; None for the optimizer.
         **hyper: hyper-parameters of the loss, of the advantage (``eps``, ``gamma``, ``lam``) and of the KL (``beta``).
@@ -69,6 +73,7 @@ class Objective:
         length: int | None = None,
         name: str | None = None,
         rename: Mapping[str, str] | None = None,
+        rows: str | None = None,
         trust_region: TrustRegion | None = None,
         **hyper: Any,
     ) -> None:
@@ -90,7 +95,8 @@ class Objective:
         if missing:
             raise ValueError(f"objective {self.name!r} needs {', '.join(missing)}; give a number for each")
         reduction, length = self._reduction(loss, tensors, own, rename or {}, averaging, length)
-        self.terms: tuple[Term, ...] = (Term(loss, tensors, own, 1.0, reduction, length, dict(rename or {})),)
+        self.terms: tuple[Term, ...] = (Term(loss, tensors, own, 1.0, reduction, length, dict(rename or {}), rows),)
+        check_rows(self.terms[0])
         self._set_advantage(tensors, given)
         self._set_kl(kl_gradient, given)
         if given:
@@ -205,7 +211,7 @@ class Objective:
             raise ValueError("two objectives with different trust regions cannot be added: a step has one limit")
         joined = object.__new__(Objective)
         joined.__dict__.update(base.__dict__)
-        joined.terms = self.terms + other.terms
+        joined.terms = beside(self.terms + other.terms)
         joined.trust_region = next(iter(regions), None)
         joined.name = f"{self.name} + {other.name}"
         return joined
@@ -270,7 +276,7 @@ class Objective:
     @property
     def needs_groups(self) -> bool:
         """True when rows of one prompt must meet in one micro-batch."""
-        return any("group_ids" in t.tensors or t.per_pair for t in self.terms)
+        return any("group_ids" in t.tensors or t.per_pair or t.rows == "chosen" for t in self.terms)
 
     @property
     def columns(self) -> frozenset[str]:
@@ -314,6 +320,12 @@ class Objective:
             bool(getattr(t.function, "on_policy_only", False)) or t.hyper.get("lr_coef", 0.0) for t in self.terms
         )
 
+    @property
+    def normalises_step(self) -> bool:
+        """True when advantages have the mean and variance of a whole step, over all processes."""
+        to_go = self.advantage == "reward_to_go" and bool(self.advantage_args.get("whiten"))
+        return to_go or (isinstance(self.advantage, str) and self.advantage in WHOLE_STEP)
+
     # -- per step -------------------------------------------------------------------------------------------------------
     def prepare(self, batch: Batch, everyone: Everyone | None = None) -> Batch:
         """Mask what cannot be used and fill in ``advantages`` (and ``returns``). No gradient.
@@ -327,6 +339,8 @@ class Objective:
         """
         if self.needs_rewards:
             batch = _drop_unusable(batch, self.min_group, self.name)
+        else:
+            batch = _drop_lone(batch, max(getattr(term.function, "min_group", 1) for term in self.terms))
         if self.advantage in (None, "given"):
             return batch
         if batch.rewards is None:
@@ -360,7 +374,7 @@ class Objective:
     def denominators(self, batch: Batch) -> Tensor:
         """One float64 count per term, from the masks alone: additive over micro-batches and processes."""
         return torch.stack(
-            [reduce.denominator(t.entries(batch.mask), t.reduction, length=t.length) for t in self.terms]  # type: ignore[arg-type]
+            [reduce.denominator(t.entries(t.mask(batch)), t.reduction, length=t.length) for t in self.terms]  # type: ignore[arg-type]
         )
 
     def compute(
@@ -387,12 +401,15 @@ class Objective:
         return total, results
 
     def _run(self, term: Term, outputs: Mapping[str, Tensor], batch: Batch) -> LossOutput:
+        if term.rows == "chosen":
+            batch = batch.replace(mask=term.mask(batch))
         if term.hyper.get("beta") == 0:
             zeros = {name: torch.zeros_like(outputs["logps"]) for name in REFERENCE & set(term.sources)}
             outputs = {**zeros, **({"ref_logps": outputs["logps"].detach()} if "ref_logps" in zeros else {}), **outputs}
         tensors = [bind(name, outputs, batch, self.name) for name in term.sources]
-        output = term.function(*tensors, **term.hyper)
         entries = term.entries(batch.mask)
+        apart = term.per_pair and getattr(term.function, "couples_rows", False)
+        output = _of_alive(term, tensors, entries) if apart else term.function(*tensors, **term.hyper)
         if isinstance(output, Tensor):
             output = LossOutput(output, {}, term.reduction)  # type: ignore[arg-type]
         if not isinstance(output, LossOutput):
@@ -419,7 +436,10 @@ class Objective:
         step = {} if region is None else {"step": region.describe()}
         return {
             "objective": self.name,
-            "loss": " + ".join(f"{t.weight:g} {t.name}" if t.weight != 1 else t.name for t in self.terms),
+            "loss": " + ".join(
+                (f"{t.weight:g} {t.name}" if t.weight != 1 else t.name) + (f" ({t.rows} rows)" if t.rows else "")
+                for t in self.terms
+            ),
             "hyper-parameters": ", ".join(f"{k}={v}" for t in self.terms for k, v in t.hyper.items()) or "-",
             "advantage": advantage or "inside the loss" if self.needs_rewards else "-",
             "KL to the reference": (place or ("inside the loss" if inside and reference else "none"))
@@ -465,3 +485,29 @@ def _drop_unusable(batch: Batch, min_group: int, name: str) -> Batch:
     members = reduce.segment_sum(scored.double(), batch.group_ids, batch.num_groups)
     usable = scored & (members >= min_group)[batch.group_ids]
     return batch.replace(mask=batch.mask & usable[:, None], rewards=batch.rewards.where(usable, float("nan")))
+
+
+def _drop_lone(batch: Batch, min_group: int) -> Batch:
+    """Mask the rest of a group that blank rows made too small for the loss, so that no count has it in."""
+    if min_group < 2:
+        return batch
+    alive = batch.mask.any(-1)
+    members = reduce.segment_sum(alive.double(), batch.group_ids, batch.num_groups)
+    return batch.replace(mask=batch.mask & (members >= min_group)[batch.group_ids, None])
+
+
+def _of_alive(term: Term, tensors: list[Tensor], alive: Tensor) -> LossOutput:
+    """A loss that ranks pairs among each other, on those that count alone; 0 for the others."""
+    kept = [t[alive] for t in tensors]
+    output = term.function(*kept, **term.hyper)
+    if isinstance(output, Tensor):
+        output = LossOutput(output, {}, "mean")
+    if not isinstance(output, LossOutput) or output.loss.shape != kept[0].shape:
+        return output  # refused by the caller, in words
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(alive.shape).masked_scatter(alive, values)
+
+    metrics = {name: placed(values) for name, values in output.metrics.items()}
+    mask = None if output.mask is None else placed(output.mask)
+    return replace(output, loss=placed(output.loss), metrics=metrics, mask=mask)

@@ -93,6 +93,10 @@ class RunLock:
         except OSError as error:
             self.release()
             trouble = disk_trouble(error, self.run_dir, len(dumps(redact(self.config or {}), what="run.json")))
+            if isinstance(error, FileExistsError):
+                trouble = "it is there, and no folder (a file, or a link to nothing)"
+            elif error.filename is not None and Path(error.filename) != self.run_dir:
+                trouble = f"{error.filename}: {trouble}"
             raise RunLockError(
                 f"{self.run_dir} cannot be written: {trouble}; make it writable, free some space, "
                 f"or choose another output directory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from rlft.types import Batch
 
 __all__ = ["OfflineSource", "OnlineSource", "Refill", "Source"]
 
+Together = Callable[[], contextlib.AbstractContextManager[Any]]
+
 
 class Source(Protocol):
     """Gives this process the micro-batches of one optimizer step, in order, and says where it stands."""
@@ -23,8 +26,28 @@ class Source(Protocol):
 
     def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
 
+    def start(self) -> None: ...
 
-class OfflineSource:
+    def close(self) -> None: ...
+
+
+class _Ordered:
+    """What the sources share: processes may read ahead for an order, and end when the run does."""
+
+    order: Any
+
+    def start(self) -> None:
+        """Let the order begin to read ahead, where it does."""
+        if hasattr(self.order, "start"):
+            self.order.start()
+
+    def close(self) -> None:
+        """End what it started; asked again, it would start anew where the run is."""
+        if hasattr(self.order, "close"):
+            self.order.close()
+
+
+class OfflineSource(_Ordered):
     """Examples from a dataset, collated; one draw per optimizer step.
 
     Args:
@@ -32,6 +55,7 @@ class OfflineSource:
         make_batch: examples' indices -> Batch.
         prepare: fills in what the objective needs before the forward pass.
         split: Batch -> micro-batches.
+        together: what surrounds the work that this process does for itself, see :func:`rlft.run.meeting.together`.
     """
 
     def __init__(
@@ -40,12 +64,16 @@ class OfflineSource:
         make_batch: Callable[[Sequence[int]], Batch],
         prepare: Callable[[Batch], Batch],
         split: Callable[[Batch], list[Batch]],
+        together: Together = contextlib.nullcontext,
     ) -> None:
         self.order, self.make_batch, self.prepare, self.split = order, make_batch, prepare, split
+        self.together = together
 
     def next(self, step: int) -> list[Batch]:
-        indices = next(self.order)
-        return self.split(self.prepare(self.make_batch(indices))) if indices else []
+        with self.together():
+            indices = next(self.order)
+            batch = self.make_batch(indices) if indices else None
+        return self.split(self.prepare(batch)) if batch is not None else []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"order": self.order.state_dict()}
@@ -70,7 +98,7 @@ class Refill:
     tries: int
 
 
-class OnlineSource:
+class OnlineSource(_Ordered):
     """Answers sampled from the policy: one generation feeds ``updates`` optimizer steps, ``iterations`` times.
 
     The steps that are still to be fed wait in a queue, which is part of the state: a run that stops in the middle of a
@@ -84,6 +112,7 @@ class OnlineSource:
         split: Batch -> micro-batches.
         iterations: passes over one generation.
         refill: dynamic sampling, or None.
+        together: what surrounds the work that this process does for itself, see :func:`rlft.run.meeting.together`.
     """
 
     def __init__(
@@ -95,15 +124,17 @@ class OnlineSource:
         split: Callable[[Batch], list[Batch]],
         iterations: int,
         refill: Refill | None = None,
+        together: Together = contextlib.nullcontext,
     ) -> None:
         self.order, self.rollout, self.prepare, self.cut, self.split = order, rollout, prepare, cut, split
-        self.iterations, self.refill = iterations, refill
+        self.iterations, self.refill, self.together = iterations, refill, together
         self.queue: list[Batch] = []
 
     def next(self, step: int) -> list[Batch]:
         if not self.queue:
-            batch = self.prepare(self._generate(step))
-            self.queue = self.cut(batch) * self.iterations
+            with self.together():
+                batch = self._generate(step)
+            self.queue = self.cut(self.prepare(batch)) * self.iterations
         return self.split(self.queue.pop(0))
 
     def _generate(self, step: int) -> Batch:

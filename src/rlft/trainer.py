@@ -25,7 +25,6 @@ from rlft.config import Config
 from rlft.errors import Interrupted, TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.objective import Objective
-from rlft.rewards import RewardError
 from rlft.rollout import fold_seed
 from rlft.run import (
     controllers,
@@ -40,6 +39,7 @@ from rlft.run import (
     ref_cache,
     selfcheck,
     setup,
+    tally,
     watchdog,
 )
 from rlft.run import state as _state
@@ -133,10 +133,13 @@ class Trainer:
         self.ref_logps = ref_cache.RefLogps()
         self.first_step: first_step.FirstStep | None = None
         self.equal_steps = 0
+        self.tally = tally.Tally()
         self.all_masked = False
         self.told: set[str] = set()
+        self.failures = meeting.Failures()
         self.rollouts = 0
         self.evaluated_at = -1
+        self.evaluating = False
         self.finished = False
         self.run_dir = Path(self.config.output_dir)
         self.metrics: MetricSums = MetricSums()
@@ -186,7 +189,7 @@ class Trainer:
             TrainingError: when the run cannot go on; the newest checkpoint is intact.
             Interrupted: after SIGTERM or SIGUSR1; the run was saved.
         """
-        with _state.locked(self), self._signals():
+        with _state.locked(self), self._signals(), contextlib.closing(self.source):
             offset = _state.resume(self, resume_from_checkpoint)
             if self.is_main:
                 display.start(self, resumed=offset is not None)
@@ -198,6 +201,7 @@ class Trainer:
             if offset is None:
                 _state.seed(self)
             self._boundary = None
+            self.source.start()
             if offset is None:
                 selfcheck.before(self)
                 self.first_step = first_step.watch(self)
@@ -206,8 +210,8 @@ class Trainer:
                 last = self._loop()
             except Exception as error:
                 guard.lost_peer(self, error)
-                # on several processes one alone cannot save: an error of its own reaches the others as a lost peer
-                if isinstance(error, Interrupted) or (isinstance(error, RewardError) and self.world_size == 1):
+                # saving takes all processes: they do it where all of them know that a reward or the data stopped the run
+                if isinstance(error, Interrupted) or guard.of_inputs(self, error):
                     _state.save_boundary(self)
                 raise
             for tracker in self.accelerator.trackers:
@@ -243,6 +247,7 @@ class Trainer:
     def _one_step(self) -> dict[str, float]:
         self._boundary = _state.light(self)
         started = time.perf_counter()
+        controllers.before_step(self)
         values = self.train_step()
         self.step += 1
         values |= controllers.after_step(self)
@@ -306,7 +311,8 @@ class Trainer:
 
     def count(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Denominators of every loss term over all micro-batches and processes, before the first backward pass."""
-        local = sum((self.objective.denominators(b) for b in micro_batches), torch.zeros(len(self.objective.terms)))
+        none = torch.zeros(len(self.objective.terms), dtype=torch.float64, device=self.device)
+        local = sum((self.objective.denominators(b) for b in micro_batches), none)
         assert isinstance(local, Tensor)
         tokens = torch.tensor([float(sum(b.num_tokens for b in micro_batches))], dtype=torch.float64)
         both = torch.cat([local.double().cpu(), tokens]).to(self.device)
@@ -330,8 +336,8 @@ class Trainer:
         if (loss := guard.poisoned(self, outputs, batch)) is not None:
             return loss
         loss, results = self.objective.compute(outputs, batch, denominators)
-        for result in results:
-            self.metrics.add_output(result, batch.mask)
+        for term, result in zip(self.objective.terms, results, strict=True):
+            self.metrics.add_output(result, term.mask(batch))
         controllers.observe(self, batch, outputs, results)
         correction.record(self, batch, outputs)
         if "entropy" in outputs:
@@ -517,8 +523,7 @@ class Trainer:
         """Whether the step has anything to train on; a generation whose answers are all masked stops the run."""
         if bool((denominators > 0).any()):
             return True
-        masked = torch.tensor([float(self.all_masked)], device=self.device)
-        if float(self.accelerator.reduce(masked, reduction="sum")) == self.world_size:
+        if self.all_masked:
             raise TrainingError(
                 f"step {self.step + 1}: no token of the whole batch is trained on: every answer was masked, as those "
                 f"without an end are with mask_truncated_completions. Raise max_completion_length (now "

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,15 +228,24 @@ def test_bad_input_82_resume_after_completion(tmp_path: Path, capsys: pytest.Cap
 
 # -- processes ------------------------------------------------------------------------------------------------------------
 _START = """
-import sys
+import sys, time
 from rlft import cli
 from rlft.run import meeting
 meeting.SECONDS = 4
+
+def timed(meet=meeting.meet):
+    started = time.monotonic()
+    try:
+        meet()
+    finally:
+        print(time.monotonic() - started)
+
+meeting.meet = timed
 sys.exit(cli.main(["train", "objective=sft", "model=nowhere", "train_data=nowhere.jsonl", "report_to=[]"]))
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_bad_input_83_port_in_use_or_a_process_missing(tmp_path: Path) -> None:
     """Both end within a minute, by themselves, and say which address and how many processes."""
     with socket.socket() as taken, socket.socket() as free:
@@ -246,11 +254,12 @@ def test_bad_input_83_port_in_use_or_a_process_missing(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         taken_port, free_port = (str(s.getsockname()[1]) for s in (taken, free))
         free.close()
-        started = time.monotonic()
         cases = {"taken": (0, taken_port), "mute": (1, taken_port), "free": (0, free_port)}
         processes = {key: _start(tmp_path, key, *case) for key, case in cases.items()}
-        said = {key: process.communicate(timeout=100)[1] for key, process in processes.items()}
-    assert time.monotonic() - started < 60
+        told = {key: process.communicate(timeout=280) for key, process in processes.items()}
+    said = {key: err for key, (_, err) in told.items()}
+    for key, (out, _) in told.items():  # of the meeting itself: a busy machine takes long to import torch
+        assert float(out) < 4 + 15, f"{key}: {out}"
     for key, (rank, port) in cases.items():
         assert processes[key].returncode == 1, said[key]
         assert f"process {rank} of 2 could not meet the others at 127.0.0.1:{port} within 4 s" in said[key]
@@ -270,7 +279,7 @@ def _start(folder: Path, key: str, rank: int, port: str) -> subprocess.Popen[str
     work = folder / key
     work.mkdir()
     return subprocess.Popen(
-        [sys.executable, "-c", _START], cwd=work, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _START], cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -24,6 +24,8 @@ ON_POLICY = {
 }
 #: The advantage times something: a row whose advantage is 0 has neither loss nor gradient.
 ADVANTAGE_WEIGHTED = {"cispo", "grpo", "gspo", "gspo_token", "ppo_clip", "ppo_penalty", "reinforce", "sapo"}
+#: Make every answer they see more likely: beside a preference loss they are kept to the chosen ones.
+IMITATES = {"distillation", "sft"}
 #: Sort the rows of all prompts together.
 COUPLED = {"aot", "aot_unpaired"}
 FIRST = {case.name: case for case in reversed(CASES)}  # each loss with the hyper-parameters of its first case
@@ -35,6 +37,7 @@ def test_marks(name: str) -> None:
     assert fn.couples_rows == (name in COUPLED)
     assert fn.on_policy_only == (name in ON_POLICY)
     assert fn.advantage_weighted == (name in ADVANTAGE_WEIGHTED)
+    assert fn.imitates == (name in IMITATES)
     if "group_ids" not in inspect.signature(fn).parameters:
         assert fn.min_group == 1
 
@@ -71,4 +74,5 @@ def test_a_mark_is_off_unless_it_is_set() -> None:
         assert getattr(losses, name).on_policy_only is False
         assert getattr(losses, name).couples_rows is False
         assert getattr(losses, name).advantage_weighted is False
+    assert losses.dpo.imitates is False
     assert losses.sft.min_group == 1

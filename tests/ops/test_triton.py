@@ -1,17 +1,17 @@
-"""The Triton kernels through every test of the op: on a GPU as they are, elsewhere under Triton's interpreter."""
+"""The Triton kernels through every test of the op, under Triton's interpreter (on a GPU: tests/gpu/test_head.py)."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="the Triton kernels need the package triton (Linux)")
 
-from rlft.ops import linear_logps
+from rlft.ops import fused, head, linear_logps
 from tests.ops import test_linear_logps, test_precision
 from tests.ops.problems import ALL, GRADS, leaves, problem, truth
 
@@ -22,8 +22,11 @@ from tests.ops.test_linear_logps import (  # noqa: F401
     test_tiny_policy_mass_where_the_reference_has_half,
 )
 
-# the interpreter is NumPy, which warns of what where() then leaves out
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    # the interpreter is NumPy, which warns of what where() then leaves out
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="triton is compiled here: see tests/gpu"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +91,116 @@ def test_values_and_gradients(own_head: bool, settings: dict[str, float], trains
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
         ValueError, match=r"plan 'triton' needs a CUDA device, and the tensors are on cpu; use plan='tile'"
     ):
         linear_logps(**problem(), plan="triton")
+
+
+# -- plan auto --------------------------------------------------------------------------------------------------------
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def unproved() -> Iterator[None]:
+    """Verdicts of other tests are forgotten, and those of this one."""
+    verdicts = (fused.flaw, fused._warn_once)
+    for verdict in verdicts:
+        verdict.cache_clear()
+    yield
+    for verdict in verdicts:
+        verdict.cache_clear()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_TEST_TILE", (8, 48))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_kernels_agree_with_torch(unproved: None, small: None, dtype: torch.dtype) -> None:
+    assert fused.flaw(CPU, dtype) is None
+
+
+class Spoilt:
+    """A kernel that changes one of its results after it ran."""
+
+    def __init__(self, kernel: object, name: str) -> None:
+        self.kernel, self.name = kernel, name
+
+    def __getitem__(self, grid: object) -> object:
+        def run(**arguments: object) -> None:
+            self.kernel[grid](**arguments)
+            if arguments[self.name] is not None:
+                arguments[self.name].mul_(1.1)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kernel", "result"),
+    [("fold", "e_ptr"), ("fold", "ed_ptr"), ("fold", "ez_ptr"), ("fold", "state_ptr"), ("d_logits", "out_ptr")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_proof_finds_a_wrong_kernel(
+    monkeypatch, unproved, small, kernel: str, result: str, dtype: torch.dtype
+) -> None:
+    from rlft.ops import kernels
+
+    monkeypatch.setattr(kernels, kernel, Spoilt(getattr(kernels, kernel), result))
+    assert "differ from torch's operators by" in (fused.flaw(CPU, dtype) or "")
+
+
+def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch, unproved, small) -> None:
+    from rlft.ops import kernels
+
+    class Broken:
+        def __getitem__(self, grid: object) -> object:
+            raise RuntimeError("PTX was compiled with an unsupported toolchain\nand more")
+
+    monkeypatch.setattr(kernels, "fold", Broken())
+    reason = fused.flaw(CPU, torch.float32)
+    assert reason == "RuntimeError: PTX was compiled with an unsupported toolchain"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(fused, "flaw", lambda device, dtype: reason)
+    with pytest.warns(UserWarning, match=r"do not serve on cuda \(RuntimeError: PTX was .* toolchain\), so torch's"):
+        assert not fused.usable(CUDA, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not fused.usable(CUDA, torch.float32)
+
+
+def test_auto_takes_the_kernels_where_they_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlft.ops import kernels
+
+    calls: list[str] = []
+
+    class Counted:
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> object:
+            calls.append("kernel")
+            return self.kernel[grid]
+
+    monkeypatch.setattr(kernels, "fold", Counted(kernels.fold))
+    made = problem()
+    linear_logps(**made)  # the real one: this module's plans all become triton
+    assert not calls
+    monkeypatch.setattr(head, "usable", lambda device, dtype: True)
+    expected = linear_logps(**made, plan="tile").logps
+    assert not calls
+    torch.testing.assert_close(linear_logps(**made).logps, expected, rtol=1e-11, atol=1e-11)
+    assert calls
+
+
+def test_usable_only_on_cuda_and_never_interpreted(monkeypatch: pytest.MonkeyPatch, unproved: None) -> None:
+    monkeypatch.setattr(fused, "flaw", lambda device, dtype: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not fused.usable(CUDA, torch.bfloat16)  # an interpreter is no kernel
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert fused.usable(CUDA, torch.bfloat16)
+        assert not fused.usable(CPU, torch.bfloat16)

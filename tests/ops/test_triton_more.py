@@ -1,4 +1,4 @@
-"""The rest of the op's tests through the Triton kernels: minutes under the interpreter, seconds on a GPU."""
+"""The rest of the op's tests through the Triton kernels, under the interpreter: minutes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.ops.test_precision import (  # noqa: F401
     test_gradient_of_a_small_kl_keeps_its_digits,
     test_small_kl_keeps_its_digits,
 )
+from tests.ops.test_triton import pytestmark as interpreted
 from tests.ops.test_triton import through_the_kernels  # noqa: F401
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [pytest.mark.slow, *interpreted]

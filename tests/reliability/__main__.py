@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.reliability import faults, forker, kills
+from tests.reliability import faults, forker, kills, workers
 from tests.reliability.bench import Bench, Figures
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,10 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Share], Figures], Callable[[Bench], F
     ),
     "signals": (lambda b, n: kills.signals(b, [*BOTH, "agro"], n(50)), lambda b: kills.signals(b, ["grpo"], 2)),
     "ranks": (lambda b, n: kills.rank_kills(b, "grpo", n(20)), lambda b: kills.rank_kills(b, "grpo", 1)),
+    "workers": (
+        lambda b, n: workers.worker_kills(b, {"map_workers": n(20), "stream_workers": n(20)}),
+        lambda b: workers.worker_kills(b, {"stream_workers": 3}),
+    ),
     "budgets": (lambda b, n: faults.disk_budgets(b, BOTH, n(40)), lambda b: faults.disk_budgets(b, ["dpo"], 2)),
     "disk": (lambda b, n: faults.disk_errors(b, BOTH, n(100)), lambda b: faults.disk_errors(b, ["dpo"], 1)),
     "read-only": (lambda b, n: faults.read_only(b, BOTH), lambda b: faults.read_only(b, ["dpo"])),
@@ -52,7 +56,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Share], Figures], Callable[[Bench], F
     "rewards": (lambda b, n: faults.rewards(b, ["grpo", "agro"], n(100)), lambda b: faults.rewards(b, ["grpo"], 2)),
     "soak": (lambda b, n: faults.soak(b, ["soak_dpo", "soak_grpo"], 2000), lambda b: faults.soak(b, ["soak_dpo"], 200)),
 }
-QUICK = [name for name in SECTIONS if name not in ("ranks", "soak", "read-only")]
+QUICK = [name for name in SECTIONS if name not in ("ranks", "soak", "read-only", "workers")]
 
 
 def main() -> int:

@@ -58,6 +58,12 @@ RUNS: dict[str, dict[str, Any]] = {
     # rows read from the file while training goes on, past its end, drawn from a buffer
     "stream": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
                "per_device_train_batch_size": 4, "eval_steps": 4},
+    # two workers that tokenise before the first step: two epoch boundaries, the last step of each a short one
+    "map_workers": {"objective": "dpo", "beta": 0.1, **_LORA, "max_steps": 9, "per_device_train_batch_size": 4, "eval_steps": 4,
+                    "dataloader_num_workers": 2},
+    # two workers that read ahead, past the end of the file, with rows drawn from a buffer
+    "stream_workers": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
+                       "per_device_train_batch_size": 4, "eval_steps": 4, "dataloader_num_workers": 2},
 }  # fmt: skip
 _LONG = {"eval_steps": None, "eval_on_start": False, "save_steps": 500, "logging_steps": 50}
 
@@ -141,7 +147,9 @@ def digest(folder: Path, step: int | None = None) -> dict[str, str]:
             record = {key: value for key, value in record.items() if key != "log_offset"}
         if stem == "config":
             record = {
-                key: value for key, value in record.items() if key not in ("output_dir", "resume", "ref_cache_dir")
+                key: value
+                for key, value in record.items()
+                if key not in ("output_dir", "resume", "ref_cache_dir", "dataloader_num_workers")
             }
         parts[f"records/{stem}"] = hashlib.sha256(canonical(record)).hexdigest()
     if step is None:

@@ -158,7 +158,7 @@ def test_the_process_has_no_environment_and_no_way_to_write(checker):
     assert os.getpgid(pid) == pid != os.getpgrp()
 
 
-def test_a_question_that_takes_too_long_is_unscored_and_the_next_one_answered():
+def test_a_question_that_takes_too_long_is_unscored_and_the_next_one_answered(caplog):
     pytest.importorskip("sympy")
     from rlft.rewards.symbolic import SymbolicChecker
 
@@ -171,11 +171,50 @@ def test_a_question_that_takes_too_long_is_unscored_and_the_next_one_answered():
             assert time.monotonic() - start < 15
             assert checker._process is None
         assert checker.timeouts == 2
+        assert sum("out of time (0.3 s) or memory (1024 MB)" in record.message for record in caplog.records) == 1
         checker.timeout = 20.0
         assert verifier.verify("#### 1 + x", "x+1") is True
         assert verifier.verify("#### 7", "8") is False  # numbers never reach the process
         pid = checker._process.pid
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_what_sympy_fails_on_is_unscored_counted_and_told_once(monkeypatch, caplog):
+    pytest.importorskip("sympy")
+    from rlft.rewards import symbolic
+    from rlft.rewards.symbolic import SymbolicChecker
+
+    #: What the reader never gives out: a function that the process refuses, a node that it does not know.
+    trees = {"bad": ["call", "system", num("1")], "worse": ["call", "eval", num("2")], "odd": ["add"] * 2}
+    monkeypatch.setattr(symbolic, "parse_expression", lambda text: trees.get(text) or parse_expression(text))
+    caplog.set_level("WARNING", logger="rlft.rewards")
+    with SymbolicChecker(timeout=20.0) as checker:
+        assert checker("bad", "x") is None
+        assert checker("worse", "x") is None
+        assert checker("worse", "x") is None, "a remembered question is not asked again"
+        assert checker("odd", "x") is None
+        assert checker("x + x", "2x") is True, "the process lives on"
+        assert dict(checker.errors) == {"ValueError": 3}
+        assert checker.timeouts == 0
+    (told,) = [record.message for record in caplog.records]
+    assert told == (
+        "sympy failed on 'bad' = 'x' with ValueError: system: such answers are unscored (SymbolicChecker.errors counts them)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\nb  c"), "!ValueError: a b c"),
+        (MemoryError(), "!MemoryError: "),
+        (ValueError("é'\ud800"), "!ValueError: \\xe9'\\ud800"),
+        (TypeError("x" * 999), "!TypeError: " + "x" * 200),
+    ],
+)
+def test_a_failure_is_one_short_line(error, line):
+    from rlft.rewards.symbolic_worker import failure
+
+    assert failure(error) == line
 
 
 def test_from_threads():

@@ -16,6 +16,7 @@ from rlft import Objective, Trainer, kl, losses
 from rlft.config import ConfigError
 from rlft.run import controllers, display
 from rlft.types import Batch, LossOutput
+from tests.tiny import random_batch
 from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run
 
 PROPORTIONAL = {"type": "proportional", "target": 0.05, "horizon": 100.0}
@@ -118,6 +119,47 @@ def test_a_kl_in_the_reward_moves_beta_once_per_generation(tmp_path: Path) -> No
         kl_controller={"type": "halve_double", "target": 10.0},
     ).train()  # fmt: skip
     assert [row["kl/beta"] for row in log_of(tmp_path)] == [0.05, 0.025, 0.025, 0.0125]
+
+
+def measure(t: Trainer) -> None:
+    """What preparing and scoring a batch tells the controller: here a KL of hundreds of nats per answer."""
+    batch = random_batch()
+    old, ref = (torch.full(batch.mask.shape, value) for value in (-0.1, -100.0))
+    controllers.observe_reward(t, batch.replace(old_logps=old, ref_logps=ref))
+    nothing = [LossOutput(old, {}, "token_mean", batch.mask)] * len(t.objective.terms)
+    controllers.observe(t, batch, {"logps": old, "ref_logps": ref}, nothing)
+
+
+class Looking(Trainer):
+    """Measures inside every evaluation, one of which is in the middle of every step."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        if not self.evaluating:
+            self.evaluate()
+        return super().prepare(batch)
+
+    def score(self, examples: Any, completions: Any, completion_ids: Any) -> Any:
+        if self.evaluating:
+            measure(self)
+        return super().score(examples, completions, completion_ids)
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_only_training_steps_move_beta(tmp_path: Path, place: str) -> None:
+    """Batches that are scored inside an evaluation, or by a callback between steps, leave no trace in beta."""
+    extra = {
+        "beta": 0.05, "objective_args": {"kl": place}, "kl_controller": PROPORTIONAL, "eval_fraction": 0.25, "eval_steps": 1,
+    }  # fmt: skip
+    betas = []
+    for name, kind, callbacks in (
+        ("plain", Trainer, []),
+        ("evaluation", Looking, []),
+        ("callback", Trainer, [lambda event, t, values: measure(t) if event == "step" else None]),
+    ):
+        run(tmp_path / name, "reinforce", kind=kind, callbacks=callbacks, **extra).train()
+        betas.append([row["kl/beta"] for row in log_of(tmp_path / name) if "kl/beta" in row])
+    assert len(set(betas[0])) == 4
+    assert betas[0] == betas[1] == betas[2]
 
 
 def test_fixed_logs_beta_and_keeps_it(tmp_path: Path) -> None:

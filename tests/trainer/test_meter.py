@@ -193,23 +193,121 @@ def test_operations_are_those_that_torch_counts(lora: bool) -> None:
     assert counter.get_total_flops() == pytest.approx(backward, rel=0.02 if not lora else 0.2)
 
 
-def test_known_devices_by_their_names() -> None:
-    names = {
-        "NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H100 PCIe": 2.0e12, "NVIDIA A100-SXM4-80GB": 2.039e12,
-        "NVIDIA A100-PCIE-40GB": 1.555e12, "NVIDIA L4": 0.3e12, "NVIDIA L40S": 0.864e12, "Tesla T4": 0.32e12,
-    }  # fmt: skip
-    for name, bandwidth in names.items():
-        device = floor.device_named(name)
-        assert device is not None
-        assert device.bandwidth == bandwidth, name
-    for name in ("NVIDIA GeForce GT 1030", "NVIDIA L400", "cpu"):
-        assert floor.device_named(name) is None
+#: Name as the driver gives it -> TFLOP/s of dense bfloat16 (float16 before Ampere) and float32, GB/s: the data sheets.
+SHEETS = {
+    "NVIDIA H200": (989, 67, 4800), "NVIDIA H200 NVL": (835, 60, 4800), "NVIDIA H100 80GB HBM3": (989, 67, 3350),
+    "NVIDIA H100 PCIe": (756, 51, 2000), "NVIDIA H100 NVL": (835, 60, 3900), "NVIDIA GH200 480GB": (990, 67, 4000),
+    "NVIDIA B200": (2250, 75, 8000), "NVIDIA A100-SXM4-80GB": (312, 19.5, 2039), "NVIDIA A100-SXM4-40GB": (312, 19.5, 1555),
+    "NVIDIA A100-PCIE-40GB": (312, 19.5, 1555), "NVIDIA A100 80GB PCIe": (312, 19.5, 1935), "NVIDIA L4": (121, 30.3, 300),
+    "NVIDIA L40S": (362, 91.6, 864), "NVIDIA L40": (181, 90.5, 864), "NVIDIA A10": (125, 31.2, 600),
+    "NVIDIA A30": (165, 10.3, 933), "NVIDIA A40": (149.7, 37.4, 696), "NVIDIA GeForce RTX 4090": (165.2, 82.6, 1008),
+    "NVIDIA GeForce RTX 3090": (71, 35.6, 936), "NVIDIA RTX A6000": (154.8, 38.7, 768), "Tesla T4": (65, 8.1, 320),
+    "NVIDIA RTX 6000 Ada Generation": (364, 91.1, 960), "Tesla V100-SXM2-16GB": (125, 15.7, 900),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_known_devices_by_their_names(name: str) -> None:
+    device = floor.device_named(name)
+    assert device is not None
+    half, single, bandwidth = SHEETS[name]
+    assert (device.half, device.single, device.bandwidth) == pytest.approx(
+        (half * 1e12, single * 1e12, bandwidth * 1e9)
+    )
+    assert device.tf32 == pytest.approx(0.0 if "Tesla" in name else half * 0.5e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GeForce GT 1030", "NVIDIA L400", "cpu", "NVIDIA A10G", "NVIDIA A100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "AMD Instinct MI300X"],
+)  # fmt: skip
+def test_figures_of_other_devices_are_not_invented(name: str) -> None:
+    assert floor.device_named(name) is None
+
+
+def on_a(monkeypatch: pytest.MonkeyPatch, name: str, policy: Any) -> tuple[_meter.Meter, Any, list[str]]:
+    """A meter that was started on a mocked CUDA device, its trainer, and the notes of its start."""
+    notes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    seconds = iter(range(1000))
+
+    class Event:  # every phase takes a second
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = float(next(seconds))
+
+        def elapsed_time(self, later: Any) -> float:
+            return 1000 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(_meter.display, "note", lambda trainer, text: notes.append(text))
+    of = SimpleNamespace(**{**vars(ALONE), "policy": policy, "config": SimpleNamespace(mixed_precision="bf16")})
+    meter = _meter.Meter(torch.device("cuda"))
+    meter.start(of)
+    return meter, of, notes
+
+
+def test_mfu_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second of forward and backward: operations over 989e12."""
+    policy = Policy(tiny_llama(), reference="none", layout="padded")
+    meter, of, notes = on_a(monkeypatch, "NVIDIA H200", policy)
+    assert not notes
+    used = _meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
+    with meter.phase("forward_backward"):
+        pass
+    meter.passed(used, backward=True)
+    values = meter.flush(of)
+    cost = floor.model_cost(policy, mixed_precision="bf16")
+    assert cost is not None
+    assert values["meter/mfu"] == pytest.approx(cost.update(100, 40, 50) / 989e12)
+    assert values["meter/fraction_of_floor"] == pytest.approx(
+        cost.update(100, 40, 50) / 989e12 / values["meter/seconds"]
+    )
+
+
+def test_an_unknown_device_is_said_and_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(tiny_llama(), reference="none", layout="padded")
+    meter, of, notes = on_a(monkeypatch, "NVIDIA A10G", policy)
+    assert notes == [
+        "meter/mfu and meter/fraction_of_floor are left out: what a 'NVIDIA A10G' can do at most is not in the table "
+        "(rlft.run.floor.DEVICES)"
+    ]
+    meter.passed(_meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2), backward=True)
+    assert not {"meter/mfu", "meter/fraction_of_floor"} & set(meter.flush(of))
+
+
+def test_a_model_whose_operations_are_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_meter, "model_cost", lambda policy, mixed_precision: None)
+    meter, of, notes = on_a(monkeypatch, "NVIDIA H200", Policy(tiny_llama(), reference="none"))
+    assert "how many operations this model takes is not known" in notes[0]
+    assert "meter/mfu" not in meter.flush(of)
+
+
+def test_tf32_is_compared_with_its_own_peak() -> None:
+    before = torch.get_float32_matmul_precision()
+    policy = Policy(tiny_llama(), reference="none")
+    h200, t4 = floor.device_named("NVIDIA H200"), floor.device_named("Tesla T4")
+    assert h200 is not None
+    assert t4 is not None
+    try:
+        for precision, peaks in (("highest", (67e12, 8.1e12)), ("high", (494.5e12, 8.1e12))):
+            torch.set_float32_matmul_precision(precision)
+            cost = floor.model_cost(policy, mixed_precision="no")
+            assert cost is not None
+            assert (cost.peak(h200), cost.peak(t4)) == pytest.approx(peaks)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_mfu_and_the_floor_by_hand(clock: Any) -> None:
     """A device of 1e9 operations and 1e6 bytes per second, a model of 1000 operations a token."""
     meter = _meter.Meter(torch.device("cpu"))
-    meter._peak = floor.Device(half=2e9, single=1e9, bandwidth=1e6)
+    meter._peak = floor.Device(half=2e9, single=1e9, bandwidth=1e6, tf32=0.0)
     meter._cost = floor.ModelCost(trunk=1000, pair=2, head=500, bytes=4000, backward=2, head_backward=2, half=False)
     with meter.phase("sample"):
         clock(1.0)

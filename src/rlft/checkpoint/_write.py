@@ -91,17 +91,16 @@ def save(
         barrier()
         if rank != 0:
             work = _find_work(run_dir, step)
-        if work is None:
-            raise failure or CheckpointError(f"rank 0 could not start a checkpoint in {run_dir}; see its own error")
-        if content is not None:
+            failure = failure or (None if work is not None else _unseen(run_dir, rank))
+        if work is not None and content is not None:
             listing, failure = _attempt(lambda: _write_files(work, content, rank, extra_writer))
         barrier()
-        if rank == 0 and listing is not None:
+        if rank == 0 and work is not None and listing is not None:
             _, failure = _attempt(lambda: _publish(work, final, listing, step, config_hash, world_size, best))
         barrier()
         if failure is not None:
             raise failure
-        if rank != 0:
+        if rank != 0 and work is not None:
             _check_published(final, work)
     except Exception as error:
         raise _explained(error, run_dir, step, content.bytes if content else 0) from error
@@ -174,6 +173,13 @@ def _create(run_dir: Path, step: int, content: _Content) -> Path:
             clear_away("checkpoint.discard", work)
         raise
     return work
+
+
+def _unseen(run_dir: Path, rank: int) -> CheckpointError:
+    return CheckpointError(
+        f"rank 0 could not start a checkpoint in {run_dir}; see its own error. If it has none, rank {rank} does not see that "
+        f"folder: put it on a file system that all processes share"
+    )
 
 
 def _find_work(run_dir: Path, step: int) -> Path | None:

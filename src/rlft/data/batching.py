@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def pad_batch(
     prompt_ids, prompt_mask = _pad(prompts, pad_id, pad_to_multiple_of)
     completion_ids, completion_mask = _pad(rows, pad_id, pad_to_multiple_of)
     mask = torch.zeros_like(completion_mask)
-    mask[completion_mask] = torch.tensor([flag for row in row_masks for flag in row], dtype=torch.bool)
+    mask[completion_mask] = _flat(row_masks, "B", torch.uint8) != 0
     sizes = torch.tensor([len(group) for group in completions])
     return Batch(
         prompt_ids=prompt_ids,
@@ -138,5 +139,11 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[Ten
     width = -(-width // multiple) * multiple
     exists = torch.arange(width)[None] < lengths[:, None]
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    ids[exists] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    ids[exists] = _flat(rows, "q", torch.long)
     return ids, exists
+
+
+def _flat(rows: Iterable[Iterable[int]], code: str, dtype: torch.dtype) -> Tensor:
+    """All numbers in a row: arrays take them up several times as fast as torch takes a list of them."""
+    flat = bytearray().join([array(code, row).tobytes() for row in rows])
+    return torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)

@@ -12,16 +12,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 from rlft import _check
-from rlft.data.encoding import Encoded, Encoder, Limits, TruncationMode
-from rlft.data.example import Completion, DataWarning, Example
-from rlft.data.formats import Format, check_format, detect_format
-from rlft.data.parsing import EQUAL_PAIR, BadRow, ParsedRow, parse_row
+from rlft._workers import check_sendable
+from rlft.data.encoding import Encoder, Limits, TruncationMode
+from rlft.data.example import DataWarning, Example
+from rlft.data.formats import check_format, detect_format
+from rlft.data.parsing import BadRow
 from rlft.data.report import DataReport, quantiles
 from rlft.data.rows import Rows, load_rows
+from rlft.data.tokenizing import Chunk, Tokenizer, tokenized
 
 __all__ = ["Overlap", "TokenDataset", "check_overlap", "tokenize"]
 
 _CHUNK = 512  # rows per call of the tokenizer
+_WORTH = 4096  # rows from which on worker processes, which take seconds to start, are worth it
 
 
 @dataclass(frozen=True)
@@ -65,74 +68,6 @@ class TokenDataset(Sequence[Example]):
         return digest.hexdigest()
 
 
-class Tokenizer:
-    """Raw rows to examples, chunk by chunk; what :func:`tokenize` and the stream share.
-
-    Args:
-        encoder: turns checked rows into ids.
-        format: of the rows.
-    """
-
-    def __init__(self, encoder: Encoder, format: Format) -> None:
-        self.encoder = encoder
-        self.format: Format = format
-        self._ints: dict[int, int] = {}
-        self._all_true: dict[int, tuple[bool, ...]] = {}
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], places: Sequence[str]) -> list[Any]:
-        """For each row ``(Example, Encoded)``, or the :class:`BadRow` that says why not.
-
-        Raises:
-            ValueError: the data as a whole does not fit; the message begins with the row's place.
-        """
-        parsed: list[ParsedRow | BadRow] = []
-        for row, place in zip(rows, places, strict=True):
-            try:
-                parsed.append(parse_row(row, self.format))
-            except BadRow as bad:
-                parsed.append(bad)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
-        usable = [i for i, row in enumerate(parsed) if isinstance(row, ParsedRow)]
-        try:
-            encoded = self.encoder.encode([parsed[i] for i in usable])  # pyright: ignore[reportArgumentType]
-        except ValueError as error:
-            place = places[usable[error.row]] + ": " if hasattr(error, "row") else ""  # pyright: ignore
-            raise ValueError(f"{place}{error}") from error
-        results: list[Any] = list(parsed)
-        for i, tokens in zip(usable, encoded, strict=True):
-            results[i] = self._example(rows[i], parsed[i], tokens, indices[i])  # pyright: ignore[reportArgumentType]
-        return results
-
-    def _example(self, row: Mapping[str, Any], parsed: ParsedRow, tokens: Encoded | BadRow, index: int) -> Any:
-        if isinstance(tokens, BadRow):
-            return tokens
-        if self.format == "preference" and tokens.answers[0].ids == tokens.answers[1].ids:
-            return BadRow(f"{EQUAL_PAIR} after truncation")
-        completions = tuple(
-            Completion(
-                self._ids(answer.ids),
-                self._mask(answer.mask),
-                reward=None if parsed.rewards is None else parsed.rewards[i],
-                label=parsed.label,
-                truncated=answer.truncated,
-            )
-            for i, answer in enumerate(tokens.answers)
-        )
-        prompt = self._ids(tokens.prompt_ids)
-        return Example(prompt, completions, row, parsed.prompt, parsed.margin, index), tokens
-
-    def _ids(self, ids: list[int]) -> tuple[int, ...]:
-        # Equal ids share one object: 8 bytes a token instead of 40.
-        intern = self._ints.setdefault
-        return tuple([intern(i, i) for i in ids])
-
-    def _mask(self, mask: list[bool]) -> tuple[bool, ...]:
-        if all(mask):
-            return self._all_true.setdefault(len(mask), tuple(mask))
-        return tuple(mask)
-
-
 def tokenize(
     rows: Any,
     tokenizer: Any,
@@ -147,6 +82,7 @@ def tokenize(
     end_token_ids: Sequence[int] = (),
     boundary: Literal["split", "refuse"] = "split",
     separator: str = "",
+    workers: int = 0,
 ) -> TokenDataset:
     """Tokenise every row, once.
 
@@ -166,13 +102,16 @@ def tokenize(
         boundary: where the tokenizer merges across the end of the prompt, ``split`` tokenises the answer on its own and
             ``refuse`` raises.
         separator: text put between prompt and answer of rows that are text, as part of the prompt.
+        workers: processes that help with 4096 rows or more; what comes out is the same.
 
     Returns:
         The examples, and a report of what became of every row.
 
     Raises:
         ValueError: the data is empty, lacks a column, holds an unknown role, does not fit the tokenizer, or has more
-            unusable rows than allowed; the message names the row and what to do.
+            unusable rows than allowed; the message names the row and what to do. Also a tokenizer that cannot be sent to
+            a worker.
+        DataError: a worker died.
     """
     _check.number("max_bad_fraction", max_bad_fraction, low=0.0, high=1.0)
     limits = Limits(max_prompt_length, max_completion_length, max_length, truncation_mode)
@@ -185,10 +124,11 @@ def tokenize(
     report = DataReport(chosen)
     examples: list[Example] = []
     seen: set[int] = set()
-    for start, chunk in _chunks(rows):
-        indices = range(start, start + len(chunk))
-        places = _Places(rows, start, len(chunk))
-        for row, index, result in zip(chunk, indices, work(chunk, indices, places), strict=True):
+    workers = min(workers, len(rows) // _CHUNK) if len(rows) >= _WORTH else 0
+    if workers:
+        check_sendable({"the tokenizer": tokenizer})
+    for (chunk, indices, _), results in tokenized(_chunks(rows), work, workers):
+        for row, index, result in zip(chunk, indices, results, strict=True):
             count(report, result, rows.where(index))
             if isinstance(result, BadRow):
                 continue
@@ -226,16 +166,14 @@ class _Places(Sequence[str]):
         return self._rows.where(self._start + index)
 
 
-def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def _chunks(rows: Rows) -> Iterator[Chunk]:
     chunk: list[dict[str, Any]] = []
     start = 0
     for row in rows:
         chunk.append(row)
-        if len(chunk) == _CHUNK:
-            yield start, chunk
+        if len(chunk) == _CHUNK or start + len(chunk) == len(rows):
+            yield chunk, range(start, start + len(chunk)), _Places(rows, start, len(chunk))
             start, chunk = start + len(chunk), []
-    if chunk:
-        yield start, chunk
 
 
 def count(report: DataReport, result: Any, where: str) -> None:
@@ -244,12 +182,12 @@ def count(report: DataReport, result: Any, where: str) -> None:
     if isinstance(result, BadRow):
         report.skip(result.reason, where)
         return
-    example, tokens = result
+    example, notes = result
     report.kept += 1
-    report.truncated_prompts += tokens.prompt_truncated
-    report.boundary_splits += tokens.boundary_split
-    report.eos_added += tokens.eos_added
-    if tokens.special_in_text:
+    report.truncated_prompts += notes.prompt_truncated
+    report.boundary_splits += notes.boundary_split
+    report.eos_added += notes.eos_added
+    if notes.special_in_text:
         report.special_in_text += 1
         report.first.setdefault("special token in text", where)
     for completion in example.completions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,22 @@ class Completion:
         if len(self.ids) != len(self.mask):
             raise ValueError(f"mask must have one bool per id, {len(self.ids)}, got {len(self.mask)}")
 
+    def __reduce__(self) -> Any:
+        """Ids and mask as bytes: on the way from a worker, an object per token would cost more than tokenising."""
+        mask = None if all(self.mask) else bytes(self.mask)
+        return _completion, (array("q", self.ids).tobytes(), mask, self.reward, self.label, self.truncated)
+
+
+def _completion(ids: bytes, mask: bytes | None, *rest: Any) -> Completion:
+    tokens = _ids(ids)
+    return Completion(tokens, (True,) * len(tokens) if mask is None else tuple(map(bool, mask)), *rest)
+
+
+def _ids(data: bytes) -> tuple[int, ...]:
+    ids = array("q")
+    ids.frombytes(data)
+    return tuple(ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -63,3 +80,12 @@ class Example:
     def extra_columns(self) -> dict[str, Any]:
         """The columns that a reward function may receive by keyword (those that clash with its own are left out)."""
         return {name: value for name, value in self.columns.items() if name not in _REWARD_ARGUMENTS}
+
+    def __reduce__(self) -> Any:
+        """As of :class:`Completion`."""
+        rest = (self.completions, self.columns, self.prompt, self.margin, self.index)
+        return _example, (array("q", self.prompt_ids).tobytes(), *rest)
+
+
+def _example(prompt_ids: bytes, *rest: Any) -> Example:
+    return Example(_ids(prompt_ids), *rest)

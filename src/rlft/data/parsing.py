@@ -19,6 +19,7 @@ __all__ = ["BadRow", "Message", "ParsedRow", "parse_row"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
+_FLOAT32 = 3.4028234e38  # the largest number of a batch
 
 Message = dict[str, Any]
 Cell = str | list[Message]
@@ -35,6 +36,7 @@ MIXED = "text and messages mixed in one row"
 NON_TEXT = "message content is not text"
 BAD_LABEL = "label is not a bool"
 BAD_SCORES = "scores do not fit the completions"
+TOO_LARGE = "number too large for float32"
 BAD_MARGIN = "margin is not a number"
 BAD_TOOLS = "tools or chat_template_kwargs cannot be read"
 
@@ -316,9 +318,16 @@ def _label(value: Any) -> bool:
 
 
 def _number(value: Any, reason: str, *, nan: bool = False) -> float:
+    """A float that float32 can hold, as batches do."""
     value = value.item() if hasattr(value, "item") else value
-    if not isinstance(value, (bool, int, float)) or math.isinf(value) or (math.isnan(value) and not nan):
+    if not isinstance(value, (bool, int, float)):
         raise BadRow(reason)
+    if value != value and nan:
+        return math.nan
+    if value != value or value in (math.inf, -math.inf):
+        raise BadRow(reason)
+    if abs(value) > _FLOAT32:  # an integer of any length too
+        raise BadRow(TOO_LARGE)
     return float(value)
 
 

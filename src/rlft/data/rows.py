@@ -16,6 +16,7 @@ from typing import Any, overload
 
 from rlft import _check
 from rlft.data.files import SUFFIXES, read_file
+from rlft.data.hub import fetch, is_hub_name
 
 __all__ = ["Rows", "load_rows"]
 
@@ -25,7 +26,6 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _METADATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -256,8 +256,7 @@ def _load_path(source: str | Path, split: str, name: str | None, revision: str |
             raise ValueError(f"{text!r} matches no file; check the pattern (it is relative to the working directory)")
         root = Path(*_before_magic(path))
         return _read([_contained(item, root) for item in found])
-    looks_like_path = path.suffix.lower() in SUFFIXES or text.startswith((".", "/", "~")) or isinstance(source, Path)
-    if looks_like_path or not _HUB_NAME.fullmatch(text):
+    if not is_hub_name(source):
         raise ValueError(f"{text!r} is not there; give a file, a folder, a glob or the name of a dataset on the hub")
     return _load_hub(text, split, name, revision)
 
@@ -350,15 +349,4 @@ def _load_saved(folder: Path) -> Rows:
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
 def _load_hub(path: str, split: str, name: str | None, revision: str | None, **options: Any) -> Rows:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        # Never trust_remote_code: datasets that are scripts are refused by the library, and stay refused.
-        dataset = datasets.load_dataset(path, name=name, split=split, revision=revision, **options)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ValueError(
-            f"{path!r} is no file or folder here and could not be loaded from the hub (split {split!r}, "
-            f"configuration {name!r}, revision {revision!r}): {type(error).__name__}: {error}"
-        ) from error
-    return _from_datasets(dataset, split)
+    return _from_datasets(fetch(path, split=split, name=name, revision=revision, **options), split)

@@ -4,20 +4,107 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlft import _check
-from rlft.data.dataset import Tokenizer, count, refuse_bad
+from rlft._workers import Trouble
+from rlft.data.dataset import count, refuse_bad
 from rlft.data.encoding import Encoder, Limits, TruncationMode
 from rlft.data.example import Example
-from rlft.data.formats import check_format, detect_format
+from rlft.data.formats import Format, check_format, detect_format
 from rlft.data.parsing import BadRow
 from rlft.data.report import DataReport
 from rlft.data.sampler import fold
+from rlft.data.tokenizing import Notes, Tokenizer
 
-__all__ = ["TokenStream"]
+__all__ = ["Outcome", "Row", "Rows", "Share", "TokenStream"]
+
+Row = Mapping[str, Any]
+Rows = Callable[[], Iterable[Row]] | Iterable[Row]
 
 _ENOUGH = 200  # rows after which a share of unusable ones means something
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one row, or that an epoch is over.
+
+    Attributes:
+        consumed: rows of the epoch that are given out by then, to all processes.
+        where: the row, in words.
+        result: the example, why there is none, what went wrong on the way to it; None at the end of an epoch.
+    """
+
+    consumed: int
+    where: str = ""
+    result: tuple[Example, Notes] | BadRow | Trouble | None = None
+
+
+class Share(Iterator["tuple[int, Row] | None"]):
+    """The rows of one process, with their numbers in the data: epoch after epoch, with None between two.
+
+    Args:
+        rows, shuffle_buffer, seed, rank, world_size: as of :class:`TokenStream`.
+
+    Attributes:
+        epoch: the present one.
+        consumed: rows of it that are given out, to all processes.
+    """
+
+    def __init__(self, rows: Rows, *, shuffle_buffer: int, seed: int, rank: int, world_size: int) -> None:
+        self._rows, self._buffer, self._seed = rows, shuffle_buffer, seed
+        self._rank, self._world_size = rank, world_size
+        self.epoch = self.consumed = 0
+        self._ordered = self._order()
+
+    def __next__(self) -> tuple[int, Row] | None:
+        for found in self._ordered:
+            self.consumed += 1
+            if (self.consumed - 1) % self._world_size == self._rank:
+                return found
+        return None
+
+    def begin_epoch(self) -> None:
+        """Go on with the next epoch, after None."""
+        self.epoch += 1
+        self.consumed = 0
+        self._ordered = self._order()
+
+    def skip_to(self, epoch: int, consumed: int, alive: Callable[[], None] = lambda: None) -> None:
+        """Go on after so many rows of an epoch; they are read again.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        self.epoch, self.consumed = epoch, consumed
+        self._ordered = self._order()
+        for number in range(consumed):
+            alive()
+            if next(self._ordered, None) is None:
+                raise ValueError(
+                    f"the state is after {consumed} rows, the stream now ends after {number}; give the same rows"
+                )
+
+    def _order(self) -> Iterator[tuple[int, Row]]:
+        """The rows of an epoch with their numbers, drawn at random from a buffer that is kept full."""
+        source = enumerate(self._rows() if callable(self._rows) else self._rows)
+        if self._buffer < 2:
+            yield from source
+            return
+        draw = random.Random(fold(self._seed, self.epoch))
+        buffer: list[tuple[int, Row]] = []
+        for item in source:
+            if len(buffer) < self._buffer:
+                buffer.append(item)
+                continue
+            place = draw.randrange(len(buffer))
+            yield buffer[place]
+            buffer[place] = item
+        while buffer:
+            place = draw.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
 
 
 class TokenStream(Iterator[Example]):
@@ -43,7 +130,7 @@ class TokenStream(Iterator[Example]):
 
     def __init__(
         self,
-        rows: Callable[[], Iterable[Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
+        rows: Rows,
         tokenizer: Any,
         *,
         shuffle_buffer: int = 0,
@@ -72,7 +159,6 @@ class TokenStream(Iterator[Example]):
             raise ValueError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
         _check.number("shuffle_buffer", shuffle_buffer, low=0)
         _check.number("max_bad_fraction", max_bad_fraction, low=0.0, high=1.0)
-        self._rows = rows
         self._encoder = Encoder(
             tokenizer,
             limits=Limits(max_prompt_length, max_completion_length, max_length, truncation_mode),
@@ -89,7 +175,9 @@ class TokenStream(Iterator[Example]):
         self.report = DataReport(format)
         self._work: Tokenizer | None = None
         self._resumed = False
-        self._ordered = self._order(0)
+        self._met = 0  # rows of this epoch and process
+        self._rows = rows
+        self._share = Share(rows, shuffle_buffer=shuffle_buffer, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> TokenStream:
         return self
@@ -97,67 +185,68 @@ class TokenStream(Iterator[Example]):
     def __next__(self) -> Example:
         """The next example of this rank."""
         while True:
-            try:
-                index, row = next(self._ordered)
-            except StopIteration:
+            outcome = self._read()
+            self.consumed, result = outcome.consumed, outcome.result
+            if isinstance(result, Trouble):
+                raise result.error()
+            if result is None:
                 self._end_of_epoch()
                 continue
-            mine = self.consumed % self.world_size == self.rank
-            self.consumed += 1
-            if not mine:
-                continue
-            where = f"row {index}"
-            result = self._tokenizer(row)([row], [index], [where])[0]
-            count(self.report, result, where)
+            self._met += 1
+            count(self.report, result, outcome.where)
             if isinstance(result, BadRow):
                 if self.report.rows >= _ENOUGH:
                     refuse_bad(self.report, self.max_bad_fraction)
                 continue
             return result[0]
 
+    def _read(self) -> Outcome:
+        """What becomes of the next row."""
+        if self._share.epoch != self.epoch:
+            self._share.begin_epoch()
+        try:
+            found = next(self._share)
+        finally:
+            self.consumed = self._share.consumed  # errors say how far it came
+        if found is None:
+            return Outcome(self.consumed)
+        index, row = found
+        where = f"row {index}"
+        return Outcome(self.consumed, where, self._tokenizer(row)([row], [index], [where])[0])
+
     def _end_of_epoch(self) -> None:
         if self.consumed == 0:
             raise ValueError("the stream holds no rows; give at least one per process")
         if not self._resumed:  # the part of an epoch after a resume is too little to judge by
-            if self.report.rows == 0:
+            if self._met == 0:
                 raise ValueError(
                     f"an epoch of {self.consumed} rows gave process {self.rank} of {self.world_size} none; give at "
                     f"least one row per process"
                 )
             refuse_bad(self.report, self.max_bad_fraction)
         self.epoch += 1
-        self.consumed = 0
+        self.consumed = self._met = 0
         self._resumed = False
-        self._ordered = self._order(self.epoch)
 
-    def _tokenizer(self, row: Mapping[str, Any]) -> Tokenizer:
+    def _tokenizer(self, row: Row) -> Tokenizer:
         if self._work is None:
             columns = list(row)
             chosen = detect_format(columns) if self.format == "auto" else self.format
             check_format(chosen, columns)
-            self._work = Tokenizer(self._encoder, chosen)  # pyright: ignore[reportArgumentType]
-            self.format = self.report.format = chosen
+            self.settle(chosen)  # pyright: ignore[reportArgumentType]
+        assert self._work is not None
         return self._work
 
-    def _order(self, epoch: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The rows of an epoch with their index, drawn at random from a buffer that is kept full."""
-        source = enumerate(self._rows() if callable(self._rows) else self._rows)
-        if self.shuffle_buffer < 2:
-            yield from source
-            return
-        draw = random.Random(fold(self.seed, epoch))
-        buffer: list[tuple[int, Mapping[str, Any]]] = []
-        for item in source:
-            if len(buffer) < self.shuffle_buffer:
-                buffer.append(item)
-                continue
-            place = draw.randrange(len(buffer))
-            yield buffer[place]
-            buffer[place] = item
-        while buffer:
-            place = draw.randrange(len(buffer))
-            buffer[place], buffer[-1] = buffer[-1], buffer[place]
-            yield buffer.pop()
+    def settle(self, format: Format) -> None:
+        """Read every row as this format, known from rows that were met before."""
+        self._work = Tokenizer(self._encoder, format)
+        self.format = self.report.format = format
+
+    def start(self) -> None:
+        """Begin to read ahead, where something does."""
+
+    def close(self) -> None:
+        """End what reads ahead."""
 
     # -- state --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -185,10 +274,9 @@ class TokenStream(Iterator[Example]):
             shown = ", ".join(f"{key} {state[key]!r} -> {mine[key]!r}" for key in different)
             raise ValueError(f"the stream's state is of another run ({shown}); resume with the same settings")
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
-        self._resumed = True
-        self._ordered = self._order(self.epoch)
-        for number in range(self.consumed):
-            if next(self._ordered, None) is None:
-                raise ValueError(
-                    f"the state is after {self.consumed} rows, the stream now ends after {number}; give the same rows"
-                )
+        self._resumed, self._met = True, 0
+        self._reposition()
+
+    def _reposition(self) -> None:
+        """Read on from the present epoch and row."""
+        self._share.skip_to(self.epoch, self.consumed)

@@ -28,6 +28,7 @@ def loss_function(
     on_policy_only: bool = False,
     couples_rows: bool = False,
     advantage_weighted: bool = False,
+    imitates: bool = False,
 ) -> Callable[[Callable[P, LossOutput]], Callable[P, LossOutput]]:
     """Mark a loss with what a trainer must know before the forward pass; the function itself is unchanged.
 
@@ -37,6 +38,7 @@ def loss_function(
         on_policy_only: True = biased on tokens that the current policy did not sample.
         couples_rows: True = compares rows of different prompts, so that a batch cannot be split at all.
         advantage_weighted: True = a row whose advantages are 0 has no loss and no gradient (where a ``beta`` is 0).
+        imitates: True = makes every answer it sees more likely, good or bad.
 
     Returns:
         a decorator that sets attributes of these names on the function.
@@ -49,6 +51,7 @@ def loss_function(
             on_policy_only=on_policy_only,
             couples_rows=couples_rows,
             advantage_weighted=advantage_weighted,
+            imitates=imitates,
         )
         return fn
 

@@ -97,9 +97,7 @@ def p3o(
 
 def _pairs(groups: _base.Groups) -> Tensor:
     """``[B, B]`` True for two different members of one group."""
-    same = groups.index[:, None] == groups.index[None, :]
-    member = groups.member[:, None] & groups.member[None, :]
-    return same & member & ~torch.ones_like(groups.member).diag()
+    return groups.together() & ~torch.ones_like(groups.member).diag()
 
 
 def _difference(x: Tensor) -> Tensor:

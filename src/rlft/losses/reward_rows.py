@@ -44,8 +44,7 @@ def reward_ranking(
     scores, mask = _scores(scores, mask)
     rewards, groups, _ = _base.scored_rows(rewards, group_ids, mask, min_group=2, wanted_by="reward_ranking")
     member = groups.member
-    same = (groups.index[:, None] == groups.index[None, :]) & member[:, None] & member[None, :]
-    wins = same & (rewards[:, None] > rewards[None, :])
+    wins = groups.together() & (rewards[:, None] > rewards[None, :])
     difference = scores[:, None] - scores[None, :]
     pairs = groups.total(wins.sum(-1)).clamp(min=1)
     loss = (-logsigmoid(difference)).where(wins, 0.0).sum(-1) * groups.count / pairs

@@ -128,8 +128,7 @@ def rrhf(
     member = groups.member
     total = reduce.sequence_sum(logps, mask)
     mean = total / mask.sum(-1)  # NaN for rows that are no members, dropped below
-    same = (groups.index[:, None] == groups.index[None, :]) & member[:, None] & member[None, :]
-    worse = same & (rewards[:, None] < rewards[None, :])
+    worse = groups.together() & (rewards[:, None] < rewards[None, :])
     ranking = (mean[:, None] - mean[None, :]).relu().where(worse, 0.0).sum(-1)
     best = member & ~worse.any(-1)
     nll = -total / groups.total(best)

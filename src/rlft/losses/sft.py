@@ -12,7 +12,7 @@ from rlft.types import LossOutput
 __all__ = ["distillation", "sft"]
 
 
-@_base.loss_function(reduction="token_mean")
+@_base.loss_function(reduction="token_mean", imitates=True)
 def sft(logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> LossOutput:
     """Negative log-likelihood of the unmasked tokens: ``-logp``.
 
@@ -30,7 +30,7 @@ def sft(logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> LossOutput:
     return LossOutput(loss=-logps, metrics={"nll_loss": -logps.detach()}, reduction="token_mean", mask=mask)
 
 
-@_base.loss_function(reduction="token_mean")
+@_base.loss_function(reduction="token_mean", imitates=True)
 def distillation(
     logps: Float[Tensor, "B T"],
     teacher_kl: Float[Tensor, "B T"],

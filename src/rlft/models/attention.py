@@ -1,231 +1,137 @@
 """Attention over a packed row in which the completions of a group share their prompt's keys, without a dense mask.
 
-A packed row holds *segments*: prompts and completions. A segment attends causally to itself; a completion also attends to
-the whole of its prompt. Both calls are free of masks, so the fast kernels serve, and their results are merged by the
-log-sum-exp that each returns. The backward calls each kernel's own backward with the merged output and log-sum-exp.
+A packed row holds *segments*: prompts and completions (:mod:`rlft.models.segments`). A segment attends causally to itself;
+a completion also attends to the whole of its prompt. Both calls are free of masks, so the fast kernels serve
+(:mod:`rlft.models.attention_kernels`); which one is decided by device and dtype, and each is proved on a small row
+before its first use.
 
 Models need no change: :class:`GroupMask` poses as their 4-D attention mask, which transformers hands on untouched to
 ``scaled_dot_product_attention``, and answers that call itself. So the layout travels with the arguments of each layer:
 nothing global is switched, and a checkpointed layer that is recomputed sees the same layout.
-
-References:
-    Merging partial softmaxes: Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867); with the backward of each
-    part: Liu et al. 2023, Ring Attention (https://arxiv.org/abs/2310.01889).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "GroupMask", "Segments", "attend", "plan_segments"]
+from rlft.models.attention_kernels import (
+    ByBlocks,
+    ByOffsets,
+    CpuFlash,
+    CudaEfficient,
+    CudaFlash,
+    Dense,
+    SegmentKernel,
+)
+from rlft.models.attention_views import ByViews
+from rlft.models.segments import Segments, plan_segments
 
-# Segments of one kernel call may differ in length by this share of the longest, or by this many tokens: padding costs
-# time with the square of the length, a call of its own costs a fixed time.
-_SHARE, _TOKENS = 0.8, 16
-# The log-sum-exp of padding: exp(score - this) is 0.
-_NEVER = 1e30
+__all__ = ["DEVICES", "GroupMask", "NoKernelError", "Segments", "attend", "candidates", "flaw", "plan_segments"]
+
+#: Types of device that have kernels.
+DEVICES = ("cpu", "cuda")
+
+_HALF = (torch.bfloat16, torch.float16)
+_CPU = (ByViews(CpuFlash()),)
+_CUDA: dict[torch.dtype, tuple[SegmentKernel, ...]] = {
+    **dict.fromkeys(_HALF, (ByOffsets(CudaFlash()), ByBlocks(CudaEfficient()))),
+    torch.float32: (ByBlocks(CudaEfficient()),),
+    torch.float64: (ByOffsets(Dense()),),
+}
+# How far a kernel may be from the definition, relative to the largest entry: several times its rounding (that of TF32 for
+# float32), and far less than what a wrong mask, length or log-sum-exp makes.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 4e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """``[count, width]`` tokens of the packed row, as one kernel call sees them.
+class NoKernelError(ValueError):
+    """No kernel here computes attention over a packed row; the message says why."""
 
-    Buffers that are written have one row more than the packed row: what padding computes ends there.
 
-    Attributes:
-        count, width: sequences of the call, and tokens of the longest.
-        start: first token, where the block is one gapless stretch of the row; else None.
-        source: ``[count * width]`` the tokens, padded by the row's first; None where ``start`` says it.
-        target: the same, padded by the row's length.
-        padding: which of ``count * width`` are padding; None where none are.
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[SegmentKernel, ...]:
+    """The kernels for a device and dtype, the fastest first; empty where there are none."""
+    if device.type == "cpu":
+        return _CPU
+    return _CUDA.get(dtype, ()) if device.type == "cuda" else ()
+
+
+def choose(q: Tensor, k: Tensor) -> SegmentKernel:
+    """The kernel for queries ``[1, H, N, d]`` and keys ``[1, K, N, d]``: the first candidate without a flaw.
+
+    Raises:
+        NoKernelError: where every candidate has one, or there is none.
     """
-
-    count: int
-    width: int
-    start: int | None
-    source: Tensor | None = None
-    target: Tensor | None = None
-    padding: Tensor | None = None
-
-    def take(self, x: Tensor) -> Tensor:
-        """``[N, H, ...]`` to ``[count, H, width, ...]``, some token in the padding."""
-        return self._sequences(self._picked(x))
-
-    def take_norms(self, x: Tensor) -> Tensor:
-        """``[N, H]`` to ``[count, H, width]``, so large in the padding that all weights are 0 in the backward."""
-        picked = self._picked(x)
-        if self.padding is not None:
-            picked = picked.index_fill_(0, self.padding, _NEVER)
-        return self._sequences(picked).contiguous()
-
-    def put(self, x: Tensor, y: Tensor) -> None:
-        """Write ``[count, H, width, ...]`` into ``[N + 1, H, ...]``."""
-        if self.start is not None:
-            self._sequences(self._picked(x)).copy_(y)
-        else:
-            assert self.target is not None
-            x.index_copy_(0, self.target, self._rows(y))
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """As :meth:`put`, but adds."""
-        if self.start is not None:
-            self._sequences(self._picked(x)).add_(y)
-        else:
-            assert self.target is not None
-            x.index_add_(0, self.target, self._rows(y))
-
-    def _picked(self, x: Tensor) -> Tensor:
-        if self.start is not None:
-            return x[self.start : self.start + self.count * self.width]
-        assert self.source is not None
-        return x.index_select(0, self.source)
-
-    def _sequences(self, picked: Tensor) -> Tensor:
-        return picked.view(self.count, self.width, *picked.shape[1:]).transpose(1, 2)
-
-    def _rows(self, y: Tensor) -> Tensor:
-        return y.transpose(1, 2).reshape(self.count * self.width, y.shape[1], *y.shape[3:])
+    found = []
+    for kernel in candidates(q.device, q.dtype):
+        heads = q.shape[1], k.shape[1] if kernel.grouped else q.shape[1]
+        wrong = flaw(kernel, q.device, q.dtype, heads, q.shape[-1])
+        if wrong is None:
+            return kernel
+        found.append(f"{kernel.name}: {wrong}")
+    raise NoKernelError("; ".join(found) or f"there is no kernel for {q.dtype} on {q.device.type}")
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Which tokens of a packed row attend to which.
+@functools.cache
+def flaw(
+    kernel: SegmentKernel, device: torch.device, dtype: torch.dtype, heads: tuple[int, int], size: int
+) -> str | None:
+    """What is wrong with a kernel for these heads, on a small row with every kind of segment; None where nothing is.
 
-    Attributes:
-        tokens: length of the row.
-        own: causal self-attention; together they hold every token once.
-        across: (queries, keys): completions of some groups, and their whole prompts.
-    """
-
-    tokens: int
-    own: tuple[Block, ...]
-    across: tuple[tuple[Block, Block], ...]
-
-
-def plan_segments(
-    segments: Sequence[tuple[int, int]],
-    groups: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    *,
-    device: torch.device,
-) -> Segments:
-    """Sort segments of similar length into kernel calls.
+    Output and gradients are compared with float64 arithmetic by the definition. Found once per process.
 
     Args:
-        segments: (start, length) of each segment, which together are the row; lengths > 0.
-        groups: for each prompt with completions of its own: (start, length) of the completions' tokens, which follow
-            each other, and (start, length) of the prompt.
-        device: where the indices go.
-
-    Returns:
-        :class:`Segments`.
+        kernel: to look at.
+        device, dtype: of the tensors.
+        heads: of queries, and of keys.
+        size: of a head.
     """
-    total = sum(length for _, length in segments)
-    prompts = {prompt for _, prompt in groups}
-    kinds = [s for s in segments if s in prompts], [s for s in segments if s not in prompts]
-    own = [_block(piece, total, device) for kind in kinds for piece in _buckets(kind)]
-    across = []
-    by_length: dict[int, list[tuple[tuple[int, int], tuple[int, int]]]] = {}
-    for queries, prompt in groups:  # keys are never padded, so only prompts of one length share a call
-        by_length.setdefault(prompt[1], []).append((queries, prompt))
-    for members in by_length.values():
-        prompt_of = dict(members)
-        for piece in _buckets([queries for queries, _ in members]):
-            keys = _block([prompt_of[queries] for queries in piece], total, device)
-            across.append((_block(piece, total, device), keys))
-    return Segments(total, tuple(own), tuple(across))
+    # two groups, one of equal lengths; a completion of one token; a row on its own
+    segments = [(0, 5), (5, 3), (8, 3), (11, 1), (12, 40), (52, 1), (53, 7)]
+    plan = plan_segments(segments, [((8, 4), (0, 5)), ((12, 41), (5, 3))], device=device)
+    generator = torch.Generator().manual_seed(0)
 
+    def draw(count: int) -> Tensor:
+        return torch.randn(plan.tokens, count, size, generator=generator).to(device, dtype)
 
-def _buckets(pieces: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Pieces of similar length together, each bucket in the order of the row."""
-    buckets: list[list[tuple[int, int]]] = []
-    for piece in sorted(pieces, key=lambda p: (-p[1], p[0])):
-        longest = buckets[-1][0][1] if buckets else 0
-        if buckets and piece[1] >= min(_SHARE * longest, longest - _TOKENS):
-            buckets[-1].append(piece)
-        else:
-            buckets.append([piece])
-    return [sorted(bucket) for bucket in buckets]
-
-
-def _block(pieces: Sequence[tuple[int, int]], total: int, device: torch.device) -> Block:
-    width = max(length for _, length in pieces)
-    first = pieces[0][0]
-    if all(piece == (first + i * width, width) for i, piece in enumerate(pieces)):
-        return Block(len(pieces), width, first)
-    starts, lengths = torch.tensor(pieces).unbind(-1)
-    step = torch.arange(width)
-    exists = (step < lengths[:, None]).flatten()
-    tokens = (starts[:, None] + step).flatten()
-    source, target = tokens.where(exists, 0).to(device), tokens.where(exists, total).to(device)
-    padding = None if bool(exists.all()) else (~exists).nonzero()[:, 0].to(device)
-    return Block(len(pieces), width, None, source, target, padding)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output ``[n, H, T, d]`` and log-sum-exp ``[n, H, T]`` of one call without a mask."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-
-def _kernel_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, scale=scale
-    )
+    q, k, v, grad = draw(heads[0]), draw(heads[1]), draw(heads[1]), draw(heads[0])
+    scale = size**-0.5
+    oracle = ByOffsets(Dense())
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            out, lse = kernel.forward(q, k, v, plan, scale)
+            mine = out, *kernel.backward(grad, q, k, v, out, lse, plan, scale)
+            q, k, v = q.double(), k.double(), v.double()
+            true_out, true_lse = oracle.forward(q, k, v, plan, scale)
+            truth = true_out, *oracle.backward(grad.double(), q, k, v, true_out, true_lse, plan, scale)
+            for name, a, b in zip(("output", "dq", "dk", "dv"), mine, truth, strict=True):
+                error = float((a.double() - b).abs().max() / b.abs().max())
+                if not error <= _ROUNDING.get(dtype, 0.0):
+                    return f"its {name} is off by {error:.1e} on a small row"
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and must not be remembered
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:  # what torch says where a kernel is missing
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"
+    return None
 
 
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, kernel: SegmentKernel
+    ) -> Tensor:
         # [N, H, d] each.
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out_buffer, lse_buffer = _buffer(q), _buffer(q[..., 0], wide)
-        out, lse = out_buffer[:-1], lse_buffer[:-1]
-        for block in segments.own:
-            piece, norm = _kernel(block.take(q), block.take(k), block.take(v), True, scale)
-            block.put(out_buffer, piece)
-            block.put(lse_buffer, norm)
-        for queries, keys in segments.across:
-            piece, norm = _kernel(queries.take(q), keys.take(k), keys.take(v), False, scale)
-            own, own_norm = queries.take(out), queries.take_norms(lse)
-            share = torch.sigmoid(norm - own_norm)[..., None]
-            queries.put(out_buffer, torch.lerp(own.to(wide), piece.to(wide), share).to(out.dtype))
-            queries.put(lse_buffer, torch.logaddexp(norm, own_norm))
+        out, lse = kernel.forward(q, k, v, segments, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.segments, ctx.scale, ctx.kernel = segments, scale, kernel
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        segments: Segments = ctx.segments
-        (grad,) = grads
-        dq, dk, dv = (_buffer(x) for x in (q, k, v))
-
-        def call(queries: Block, keys: Block, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            pieces = (queries.take(grad), queries.take(q), keys.take(k), keys.take(v), queries.take(out))
-            return _kernel_backward(*pieces, queries.take_norms(lse), causal, ctx.scale)
-
-        for block in segments.own:
-            for total, part in zip((dq, dk, dv), call(block, block, True), strict=True):
-                block.put(total, part)
-        for queries, keys in segments.across:
-            gq, gk, gv = call(queries, keys, False)
-            queries.add(dq, gq)
-            keys.add(dk, gk)
-            keys.add(dv, gv)
-        return dq[:-1], dk[:-1], dv[:-1], None, None
-
-
-def _buffer(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for ``x``, and a row for what padding computes."""
-    return torch.empty(x.shape[0] + 1, *x.shape[1:], dtype=dtype or x.dtype, device=x.device)
+        return *ctx.kernel.backward(grads[0], *ctx.saved_tensors, ctx.segments, ctx.scale), None, None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None) -> Tensor:
@@ -241,10 +147,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float 
         ``[1, H, N, d]``.
 
     Raises:
-        ValueError: for a device or a shape that has no kernel here.
+        ValueError: for a shape that does not fit the segments.
+        NoKernelError: (a ValueError) where no kernel computes this device, dtype and head size.
     """
-    if q.device.type != "cpu":
-        raise ValueError(f"prompts are shared on cpu only, got {q.device}; use layout='padded'")
+    if q.device.type not in DEVICES:
+        raise NoKernelError(f"prompts are shared on {' and '.join(DEVICES)} only, got {q.device}; use layout='padded'")
     if q.shape[0] != 1 or q.shape[2] != segments.tokens or k.shape[2] != segments.tokens:
         raise ValueError(
             f"expected one packed row of {segments.tokens} tokens, got queries {list(q.shape)} and keys {list(k.shape)}"
@@ -254,10 +161,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float 
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    if k.shape[1] != q.shape[1]:
+    kernel = choose(q, k)
+    if k.shape[1] != q.shape[1] and not kernel.grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    # kernels read a head's entries as one run of memory
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    out = _SegmentAttention.apply(q, k, v, segments, q.shape[-1] ** -0.5 if scale is None else scale)
+    out = _SegmentAttention.apply(q, k, v, segments, q.shape[-1] ** -0.5 if scale is None else scale, kernel)
     return out.transpose(0, 1)[None]
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_folder", "is_local", "read_json"]
+__all__ = ["check_folder", "is_local", "not_from_hub", "read_json"]
 
 
 def is_local(source: str | Path) -> bool:
@@ -24,6 +24,15 @@ def is_local(source: str | Path) -> bool:
             f"there is no folder {text}; give a folder with a config.json, or a hub id such as 'name/model'"
         )
     return False
+
+
+def not_from_hub(what: str, source: Any, error: Exception) -> str:
+    """What to say when the hub did not give something."""
+    said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return (
+        f"the {what} {str(source)!r} could not be loaded from the hub ({type(error).__name__}: {said:.300}); check the name, the "
+        f"revision, your access (HF_TOKEN) and the connection, or give a local folder"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,8 @@ def _load(
 
     auto_class = getattr(transformers, auto)
     if isinstance(source, Mapping):
-        config = _config(source, config_changes)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _sound(source):
+            config = _config(source, config_changes)
             torch.manual_seed(seed)
             extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
             model = auto_class.from_config(config, **extra)
@@ -255,6 +256,8 @@ def _load(
         except Exception as error:
             if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
                 raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
+            if isinstance(error, OSError) and not isinstance(source, Path):
+                raise ValueError(files.not_from_hub("model", source, error)) from error
             if not isinstance(source, Path):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "")
@@ -263,6 +266,29 @@ def _load(
                 f"download or save it again"
             ) from error
     return model.eval(), sorted(info["missing_keys"])
+
+
+@contextlib.contextmanager
+def _sound(source: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers and torch make of sizes that fit no model, in words of the config that holds them."""
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ValueError as error:
+        if type(error) is ValueError and "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(_no_model(source, error)) from error
+    except Exception as error:
+        raise ValueError(_no_model(source, error)) from error
+
+
+def _no_model(source: Mapping[str, Any], error: Exception) -> str:
+    said = " ".join(str(error).split("Model type should be one of")[0].split())
+    return (
+        f"no model can be made of the config {dict(source)!r:.300} ({type(error).__name__}: {said:.300}); correct its sizes, or "
+        f"its model_type"
+    )
 
 
 def _mismatch(source: Any, changes: Mapping[str, Any], revision: str | None, trust_remote_code: bool) -> str:

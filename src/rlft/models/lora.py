@@ -111,8 +111,8 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
         A ``PeftModel`` whose adapter is trainable and float32 (float64 for float64 models), whatever the base's dtype.
 
     Raises:
-        ValueError: when the model has an adapter already, or a name in ``target_modules`` or ``modules_to_save``
-            matches nothing.
+        ValueError: when the model has an adapter already, a name in ``target_modules`` or ``modules_to_save``
+            matches nothing, or the rank is above that of every targeted matrix.
     """
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
@@ -127,6 +127,8 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
     if isinstance(targets, (list, tuple, set)) or (isinstance(settings, LoraSettings) and targets != "all-linear"):
         targets = [targets] if isinstance(targets, str) else sorted(targets)
         _match(targets, names, what="target_modules", candidates=_linear_names(model))
+    if not isinstance(targets, str) or targets == "all-linear":
+        _check_use(model, settings.r, targets)
     if saved:
         _match(saved, names, what="modules_to_save", candidates={n.split(".")[-1] for n in names})
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
@@ -273,6 +275,24 @@ def _match(wanted: Iterable[str], names: list[str], *, what: str, candidates: se
         if not any(name == target or name.endswith("." + target) for name in names):
             close = difflib.get_close_matches(target, sorted(candidates), n=3, cutoff=0.5) or sorted(candidates)
             raise ValueError(f"lora {what} {target!r} matches no module of the model; it has {', '.join(close[:12])}")
+
+
+def _check_use(model: nn.Module, r: int, targets: Any) -> None:
+    """Refuse a rank that no targeted matrix can have: it would take memory and time, and add nothing."""
+    wanted = None if targets == "all-linear" else {str(name) for name in targets or ()}
+    sizes = [
+        min(weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        and weight.ndim == 2
+        and weight.is_floating_point()  # else packed, of another shape
+        and (wanted is None or any(name == end or name.endswith(f".{end}") for end in wanted))
+    ]
+    if sizes and r > max(sizes):
+        raise ValueError(
+            f"lora r={r} is more than the rank that any targeted matrix can have ({max(sizes)}), so it only takes memory; lower "
+            f"r (lora_r) to {max(sizes)} or less"
+        )
 
 
 def _tied_among(model: Any, wanted: Iterable[str]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from rlft.models.scorer import unwrap
-from rlft.ops import DEFAULT_CHUNK
+from rlft.ops import default_chunk
 
 __all__ = ["memory_estimate"]
 
@@ -55,8 +55,9 @@ def memory_estimate(
     separate = getattr(model, "reference_model", None)
     reference = 0 if separate is None else _bytes(separate.parameters())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    width = base.get_input_embeddings().weight.element_size()
-    rows, columns = getattr(model, "chunk_size", DEFAULT_CHUNK)
+    embedding = base.get_input_embeddings().weight
+    width = embedding.element_size()
+    rows, columns = getattr(model, "chunk_size", None) or default_chunk(embedding.device)
     size, layers = int(config.hidden_size), int(config.num_hidden_layers)
     heads = int(getattr(config, "num_attention_heads", 1))
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)

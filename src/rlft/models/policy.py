@@ -47,7 +47,8 @@ class Policy(TrainableModule):
         critic: ``"none"``; ``"shared"``, a value head on the policy's last hidden state (its loss trains the trunk as
             well); or a model that becomes a critic of its own.
         dropout: keep the model's dropout while training.
-        chunk_size: rows and vocabulary entries per tile of the head op.
+        chunk_size: rows and vocabulary entries per tile of the head op; None: what suits the device (see
+            :func:`rlft.ops.linear_logps`).
         layout: ``auto`` computes the prompt of a group once, in a packed row, where the model allows it and it pays;
             ``padded`` repeats it for every completion; ``shared`` always shares, or refuses. Results are the same.
 
@@ -62,7 +63,7 @@ class Policy(TrainableModule):
         reference: str | nn.Module = "auto",
         critic: str | nn.Module = "none",
         dropout: bool = False,
-        chunk_size: tuple[int, int] = DEFAULT_CHUNK,
+        chunk_size: tuple[int, int] | None = None,
         layout: Layout = "auto",
     ) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class Policy(TrainableModule):
                 result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
         if moments and states is not None:
             ref_states = self._reference_states(rows, shared, batch)
-            options = {"want": moments, "temperature": temperature, "rows": self.chunk_size[0]}
+            options = {"want": moments, "temperature": temperature, "rows": self._logit_rows}
             found = self._behaviour.moments(
                 self._scorer, self._reference, states, ref_states, behaviour_states, **options
             )
@@ -278,7 +279,7 @@ class Policy(TrainableModule):
             )
             return tuple(t for t in outputs if t is not None)
 
-        size = self.chunk_size[0]
+        size = self._logit_rows
         pieces = []
         for i in range(0, max(states.shape[0], 1), size):
             ref_piece = None if ref_states is None else ref_states[i : i + size]
@@ -287,6 +288,11 @@ class Policy(TrainableModule):
             pieces.append(checkpoint(score, *arguments, use_reentrant=False) if again else score(*arguments))
         names = [name for name in HeadOutputs._fields if name in quantities]
         return HeadOutputs(**{n: torch.cat(parts) for n, parts in zip(names, zip(*pieces, strict=True), strict=True)})
+
+    @property
+    def _logit_rows(self) -> int:
+        """Tokens whose full logits exist at a time, where the head is no single matrix."""
+        return (self.chunk_size or DEFAULT_CHUNK)[0]
 
     def _reference_alone(self, rows: Rows, shared: SharedRows | None, temperature: float) -> Tensor:
         """``ref_logps`` when nothing of the policy is wanted."""
@@ -309,7 +315,7 @@ class Policy(TrainableModule):
                 )
                 assert outputs.logps is not None
                 return outputs.logps
-            size = self.chunk_size[0]
+            size = self._logit_rows
             parts = []
             for i in range(0, max(states.shape[0], 1), size):
                 logits = scorer.logits(states[i : i + size])

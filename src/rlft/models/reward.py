@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlft import _check
 from rlft.models import adapters, loading, modes
+from rlft.models.attention import DEVICES
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.scorer import CausalScorer, Layout, unwrap
 from rlft.models.shared import PAYS, SharedRows, build_shared
@@ -199,7 +200,7 @@ class ModelReward:
                 stacklevel=2,
             )
         device = next(self.scorer.parameters()).device
-        if self.scorer.may_share and device.type == "cpu":
+        if self.scorer.may_share and device.type in DEVICES:
             fitting.sort(key=lambda i: ids[i])  # answers of one prompt side by side
         else:
             fitting.sort(key=lambda i: len(ids[i]))  # neighbours of one length waste the least padding

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlft import _check
+from rlft.models.attention import DEVICES, NoKernelError
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.shared import SharedRows, build_shared, why_not
 from rlft.ops.dense import transform
@@ -104,37 +105,47 @@ class CausalScorer:
         """
         self.check_rows(rows)
         self.ensure_path(rows)
-        chosen = rows if shared is None or not self._may_share(shared) else shared
-        return chosen.gather(self._full_logits(chosen) if self.path == "logits" else self._hidden(chosen))
+        chosen, states = self._run(self._full_logits if self.path == "logits" else self._hidden, rows, shared)
+        return chosen.gather(states)
 
     def hidden_states(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
         """``[N, D]`` final hidden states that predict the scored tokens, whatever head the model has."""
-        chosen = self._laid_out(rows, shared)
-        return chosen.gather(self._hidden(chosen))
+        self._check_layout(rows)
+        chosen, states = self._run(self._hidden, rows, shared)
+        return chosen.gather(states)
 
     def last_states(self, rows: Rows, shared: SharedRows | None = None) -> Tensor:
         """``[B, D]`` final hidden states at each row's last token; ``shared`` must have been built with ``keep_last``."""
-        chosen = self._laid_out(rows, shared)
-        states = self._hidden(chosen)
+        self._check_layout(rows)
+        chosen, states = self._run(self._hidden, rows, shared)
         if isinstance(chosen, Rows):
             return chosen.gather_last(states)
         assert chosen.last is not None
         return states[0].index_select(0, chosen.last)
 
-    def _laid_out(self, rows: Rows, shared: SharedRows | None) -> Rows | SharedRows:
-        """The layout to use, after the check that both give the same."""
+    def _check_layout(self, rows: Rows) -> None:
+        """Find out on first use whether both layouts give the same."""
         self.check_rows(rows)
         if not self._share_checked and self.layout != "padded":
             with torch.no_grad(), _evaluating(self.model):
                 self._ensure_shared(_probe_ids(self.base, rows))
-        return rows if shared is None or not self._may_share(shared) else shared
+
+    def _run(
+        self, forward: Callable[[Rows | SharedRows], Tensor], rows: Rows, shared: SharedRows | None
+    ) -> tuple[Rows | SharedRows, Tensor]:
+        """The layout used, and the model's output on it: the shared one where the model allows it."""
+        if shared is not None and self._may_share(shared):
+            try:
+                return shared, forward(shared)
+            except NoKernelError as error:  # known only here: autocast and wrappers decide the dtype of attention
+                self._cannot_share(str(error))
+                self._may_share(shared)  # which refuses, where the layout was asked for
+        return rows, forward(rows)
 
     def _may_share(self, shared: SharedRows) -> bool:
         why = self.not_shared
         if why is None and self.shared_limit is not None and shared.longest > self.shared_limit:
             why = f"a row of {shared.longest} tokens is longer than its attention window of {self.shared_limit}"
-        if why is None and shared.input_ids.device.type != "cpu":
-            why = f"there is no kernel for {shared.input_ids.device.type}"
         if why is not None and self.layout == "shared":
             raise ValueError(
                 f"layout='shared' is not possible for {type(self.base).__name__}: {why}; use layout='auto'"
@@ -203,7 +214,7 @@ class CausalScorer:
         self.not_shared, self.shared_limit = why_not(self.base)
         if self.shared_limit is not None and self.shared_limit < 5:
             self.not_shared = f"its attention window holds {self.shared_limit} tokens"
-        if ids.device.type != "cpu":
+        if ids.device.type not in DEVICES:
             self.not_shared = self.not_shared or f"there is no kernel for {ids.device.type}"
         if self.not_shared is not None:
             return
@@ -217,19 +228,21 @@ class CausalScorer:
             with torch.autocast(ids.device.type, enabled=False):  # rounding would hide what is looked for
                 truth, mine = rows.gather(run(rows)).double(), shared.gather(run(shared))
         except Exception as error:  # whatever the model does with its mask: it is found here, not while training
-            self.not_shared = f"it stopped with {type(error).__name__}: {error}"
+            self._cannot_share(f"it stopped with {type(error).__name__}: {error}")
         else:
             worst = float(((mine.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)).max())
             eps = torch.finfo(mine.dtype).eps
             # rounding grows through the layers; a mask that is not honoured changes a tenth and more
             if not worst <= min(4096 * eps, max(32 * eps, 0.01)):
-                self.not_shared = f"its hidden states differ by {worst:.1e} of their size"
-        if self.not_shared is not None:
-            warnings.warn(
-                f"{type(self.base).__name__} cannot compute the prompt of a group once ({self.not_shared}), so it is "
-                f"repeated for every completion (slower); pass layout='padded' to skip this check",
-                stacklevel=2,
-            )
+                self._cannot_share(f"its hidden states differ by {worst:.1e} of their size")
+
+    def _cannot_share(self, why: str) -> None:
+        self.not_shared = why
+        warnings.warn(
+            f"{type(self.base).__name__} cannot compute the prompt of a group once ({why}), so it is "
+            f"repeated for every completion (slower); pass layout='padded' to skip this check",
+            stacklevel=2,
+        )
 
     def _agreeing_path(self, probe: Rows, truth: Tensor) -> str:
         name = type(self.base).__name__

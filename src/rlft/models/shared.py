@@ -89,11 +89,15 @@ def build_shared(batch: Batch, *, at_least: float = 0.0, keep_last: bool = False
     if ratio < at_least or total < 2:  # one token: transformers takes it for a step of generation
         return None
 
-    # The row in order: prompts with siblings to keep apart, their completions, then the rest. So what one kernel call
-    # takes lies side by side where lengths are equal. Segments are (start, length).
+    # The row in order: prompts with siblings to keep apart, their completions, then the rest, each the longest first. So
+    # what one kernel call takes lies side by side. Segments are (start, length).
     longer = {group: [row for row in rows if lengths[row] > drop] for group, rows in children.items()}
-    order = sorted(children)
+    for rows in longer.values():
+        rows.sort(key=lengths.__getitem__, reverse=True)
+    tokens = {group: (prompt_lengths[group], sum(lengths[row] for row in rows)) for group, rows in longer.items()}
+    order = sorted(children, key=tokens.__getitem__, reverse=True)
     split, whole = [g for g in order if len(longer[g]) > 1], [g for g in order if len(longer[g]) <= 1]
+    whole.sort(key=lambda group: sum(tokens[group]), reverse=True)
     begins, starts = dict.fromkeys(order, 0), [0] * batch.num_rows
     segments, groups = [], []
     place = 0

@@ -62,7 +62,21 @@ def load_tokenizer(source: Any, *, revision: str | None = None, trust_remote_cod
             return load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
         source = folder
     extra = {} if revision is None else {"revision": revision}
-    return _complete(AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code, **extra))
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code, **extra)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(source, Path):
+            said = next(iter(str(error).strip().splitlines()), "").rstrip(". :")
+            raise ValueError(
+                f"{source} gives no tokenizer ({type(error).__name__}: {said:.300}); save one there "
+                f"(tokenizer.save_pretrained), or name another"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        raise ValueError(files.not_from_hub("tokenizer", source, error)) from error
+    return _complete(loaded)
 
 
 def _complete(tokenizer: Any) -> Any:

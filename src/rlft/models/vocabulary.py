@@ -10,6 +10,7 @@ from rlft import _check
 __all__ = ["KINDS", "train_tokenizer"]
 
 KINDS = ("char", "word", "bpe")
+_MOST = 1_000_000  # memory for all of it is taken at once, and where there is none the process would be ended
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
@@ -28,12 +29,14 @@ def train_tokenizer(
         A ``PreTrainedTokenizerFast``. Words and characters that are not in ``rows`` become ``<unk>``.
 
     Raises:
-        ValueError: for an unknown kind, or a vocabulary smaller than the special tokens.
+        ValueError: for an unknown kind, or a vocabulary smaller than the special tokens or larger than a million.
     """
     if kind not in KINDS:
         raise ValueError(f"tokenizer kind {kind!r} is unknown{_check.suggestion(kind, KINDS)}")
-    if not isinstance(vocab_size, int) or vocab_size <= len(_SPECIAL):
-        raise ValueError(f"vocab_size must be an integer above {len(_SPECIAL)}, got {vocab_size!r}")
+    if not isinstance(vocab_size, int) or not len(_SPECIAL) < vocab_size <= _MOST:
+        raise ValueError(
+            f"vocab_size must be an integer above {len(_SPECIAL)} and up to {_MOST}, got {vocab_size!r}; change vocab_size"
+        )
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlft.ops.dense import logits_logps
-from rlft.ops.head import DEFAULT_CHUNK, PLANS, QUANTITIES, linear_logps
+from rlft.ops.head import DEFAULT_CHUNK, PLANS, QUANTITIES, default_chunk, linear_logps
 from rlft.ops.moments import MOMENTS, log_ratio_moments
 from rlft.ops.outputs import HeadOutputs
 
@@ -13,6 +13,7 @@ __all__ = [
     "PLANS",
     "QUANTITIES",
     "HeadOutputs",
+    "default_chunk",
     "linear_logps",
     "log_ratio_moments",
     "logits_logps",

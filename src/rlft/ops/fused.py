@@ -1,12 +1,15 @@
-"""The passes of :mod:`rlft.ops.tiles` and :mod:`rlft.ops.plans` with Triton kernels between the matrix products.
+"""The passes of :mod:`rlft.ops.tiles` and :mod:`rlft.ops.plans` with fused kernels between the matrix products.
 
 A tile is then read once for all that is between two GEMMs, where torch's operators read and write it a dozen times.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -14,22 +17,116 @@ from torch import Tensor
 
 from rlft.ops.tiles import FAR, Problem, Rows, Workspace
 
-__all__ = ["FusedRows", "fused_d_logits", "require"]
+__all__ = ["FusedRows", "flaw", "fused_d_logits", "require", "usable"]
 
 _BLOCK = 2048  # columns that one program holds in registers at a time, at most
+# Tiles of the self-test: two in each direction, as wide as a block, so that the kernels of later calls are those tested.
+_TEST_TILE = (32, _BLOCK + 256)
+# The plans round alike and sum in another order. A wrong kernel is off by the size of the numbers themselves.
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def require(device: torch.device) -> None:
     """Raises ValueError where the kernels cannot run."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("plan 'triton' needs the package triton (it comes with torch's CUDA builds); use plan='tile'")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not _interpreted():
         raise ValueError(
             f"plan 'triton' needs a CUDA device, and the tensors are on {device}; use plan='tile' (or 'auto')"
         )
 
 
-def _kernels() -> Any:
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether plan ``auto`` takes the kernels: on CUDA with triton, after they agreed with torch's operators once.
+
+    Warns once in a process where they should and do not.
+    """
+    if device.type != "cuda" or _interpreted():
+        return False
+    wrong = flaw(device, dtype)
+    if wrong is not None:
+        _warn_once(device, wrong)
+    return wrong is None
+
+
+@functools.cache
+def _warn_once(device: torch.device, wrong: str) -> None:
+    warnings.warn(
+        f"the Triton kernels of rlft.ops do not serve on {device} ({wrong}), so torch's operators do their work "
+        f"(slower); pass plan='tile' to skip this check",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def flaw(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels, on a small problem with every output and gradient; None where nothing is.
+
+    Compared with torch's operators around the same matrix products. Found once per process.
+
+    Args:
+        device: to run on.
+        dtype: of hidden states and head.
+    """
+    from rlft.ops.head import linear_logps
+
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    rows, columns = _TEST_TILE
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, std: float) -> Tensor:
+        return (std * torch.randn(*shape, generator=generator)).to(device, dtype)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        hidden = draw(rows + 8, 64, std=1.0)
+        ref_hidden = hidden + draw(rows + 8, 64, std=1.0)
+        weight = draw(2 * columns, 64, std=0.3)
+        targets = torch.randint(2 * columns, (rows + 8,), generator=generator).to(device)
+        upstream = torch.randn(3, rows + 8, generator=generator).to(device)
+        names = ("logps", "entropy", "kl")
+
+        def solve(plan: str, trains: bool) -> list[Tensor]:
+            leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)]
+            out = linear_logps(
+                leaves[0],
+                leaves[1],
+                targets,
+                ref_hidden=ref_hidden,
+                want=frozenset(names) | {"ref_logps"},
+                grad=frozenset(names),
+                plan=plan,  # type: ignore[arg-type]
+                chunk=_TEST_TILE,
+            )._asdict()
+            found = [out[name].detach() for name in (*names, "ref_logps")]
+            parts = [(out[name] * g).sum() for name, g in zip(names, upstream, strict=True)]
+            if trains:
+                return [*found, *torch.autograd.grad(torch.stack(parts).sum(), leaves)]
+            return [*found, *(torch.autograd.grad(part, leaves[:1], retain_graph=True)[0] for part in parts)]
+
+        try:
+            for trains in (False, True):
+                plain = solve("recompute" if trains else "tile", trains)
+                for mine, theirs in zip(solve("triton", trains), plain, strict=True):
+                    error = float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+                    if not error <= _CLOSE.get(dtype, 2e-2):
+                        return f"they differ from torch's operators by {error:.1e} on a small problem"
+        except torch.OutOfMemoryError:  # says nothing about the kernels, and must not be remembered
+            raise
+        except Exception as error:  # compilers and drivers fail in many ways, and there is another plan
+            return f"{type(error).__name__}: {(str(error).splitlines() or ['without a message'])[0]}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernels(p: Problem) -> Any:
+    if p.fused == "compiled":
+        from rlft.ops import compiled
+
+        return compiled
     from rlft.ops import kernels
 
     return kernels
@@ -44,24 +141,65 @@ def _grid(n: int, raw: dict[str, Any]) -> tuple[int]:
     return (-(-n // raw["ROWS"]),)
 
 
+def _run(kernel: Any, n: int, on: Tensor, arguments: dict[str, Any]) -> None:
+    """Launch on the device of the tensors, which need not be the current one.
+
+    Without fused multiply-adds: equal logits of policy and reference must stay equal, so that their KL is exactly 0.
+    """
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        kernel[_grid(n, arguments)](**arguments, enable_fp_fusion=False)
+
+
+def _product(p: Problem, a: Tensor, b: Tensor, space: Workspace, name: str) -> Tensor:
+    """``a @ b`` in the dtype of the sums; of half-precision operands in a new tensor, which spares a copy of the tile."""
+    if a.dtype == b.dtype == p.dtype:
+        return p.matmul(a, b, space.get(name, a.shape[0], b.shape[1]))
+    half = a.dtype if a.dtype != p.dtype else b.dtype
+    return torch.mm(a.to(half), b.to(half), out_dtype=p.dtype)
+
+
+def _add_product(p: Problem, total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in one pass over ``total`` where cuBLAS may write float32 sums of half-precision products."""
+    if a.dtype == b.dtype != p.dtype and _accumulates(a.device, a.dtype):
+        torch.ops.aten.addmm.dtype_out(total, a, b, p.dtype, out=total)
+    else:
+        p.add_matmul(total, a, b)
+
+
+@functools.cache
+def _accumulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a half-precision product to a float32 matrix (some versions refuse the mixture)."""
+    total, a = torch.ones(16, 16, device=device), torch.eye(16, device=device, dtype=dtype)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, out=total)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return bool(torch.equal(total, torch.ones_like(total) + torch.eye(16, device=device)))
+
+
+@functools.lru_cache(maxsize=64)
+def _scales(device: torch.device, dtype: torch.dtype, *values: float) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def _raw(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr: Tensor | None) -> dict[str, Any]:
     """The matrix products of a tile, and the arguments of a kernel that say how to read them."""
     n, v = rows.stop - rows.start, cols.stop - cols.start
     w = p.operand(p.weight[cols])
-    z = p.matmul(h, w.t(), space.get("z", n, v))
+    z = _product(p, h, w.t(), space, "z")
     by_difference = p.ref_weight is None and w.dtype == z.dtype
     ref, ref_bias = z, None
     if hr is not None:
         own = w if p.ref_weight is None else p.operand(p.ref_weight[cols])
-        ref = p.matmul(h - hr if by_difference else hr, own.t(), space.get("ref", n, v))
+        ref = _product(p, h - hr if by_difference else hr, own.t(), space, "ref")
         ref_bias = p.bias if p.ref_weight is None else p.ref_bias
     return {
         "z_ptr": z, "ref_ptr": ref, "n": n,
         "bias_ptr": None if p.bias is None else p.bias[cols].contiguous(),
         "ref_bias_ptr": None if ref_bias is None else ref_bias[cols].contiguous(),
-        "v": v, "first_column": cols.start, "pre": p.pre, "post": 1.0 if p.post is None else p.post,
-        "HAS_REF": hr is not None, "BY_DIFFERENCE": by_difference, "SOFTCAP": p.post is not None, "ROWS": _rows(z),
-        "BLOCK": min(_BLOCK, 1 << (v - 1).bit_length()),
+        "scales_ptr": _scales(z.device, p.dtype, p.pre, 1.0 if p.post is None else p.post, p.slope),
+        "v": v, "first_column": cols.start, "HAS_REF": hr is not None, "BY_DIFFERENCE": by_difference,
+        "SOFTCAP": p.post is not None, "ROWS": _rows(z), "BLOCK": min(_BLOCK, 1 << (v - 1).bit_length()),
     }  # fmt: skip
 
 
@@ -74,7 +212,7 @@ class FusedRows(Rows):
 
     def __init__(self, p: Problem, rows: slice, want: frozenset[str], basis: frozenset[str], space: Workspace) -> None:
         super().__init__(p, rows, want, basis, space)
-        self.kernels = _kernels()
+        self.kernels = _kernels(p)
         n = rows.stop - rows.start
         self.state = torch.zeros(len(self.kernels.STATE), n, dtype=p.dtype, device=p.hidden.device)
         for name, row in zip(self.kernels.STATE, self.state, strict=True):
@@ -90,21 +228,21 @@ class FusedRows(Rows):
             return None if kept is None else self.space.get(name, n, v, dtype=w.dtype)
 
         e, ez, ed = factor(self.e_w, "e"), factor(self.ez_w, "ez"), factor(self.ed_w, "ed")
-        self.kernels.fold[_grid(n, raw)](
-            targets_ptr=self.targets, state_ptr=self.state, e_ptr=e, ez_ptr=ez, ed_ptr=ed,
-            FIRST=self.first, WANT_KL="kl" in self.want, FAR=FAR, **raw,
-        )  # fmt: skip
+        _run(self.kernels.fold, n, self.state, {
+            "targets_ptr": self.targets, "state_ptr": self.state, "e_ptr": e, "ez_ptr": ez, "ed_ptr": ed,
+            "FIRST": self.first, "WANT_KL": "kl" in self.want, "FAR": FAR, **raw,
+        })  # fmt: skip
         if self.e_w is None or e is None:
             return
         rescale = self.rescale[:, None]
         if self.ez_w is not None and ez is not None:
             self.ez_w.addcmul_(self.shift[:, None], self.e_w).mul_(rescale)
-            p.add_matmul(self.ez_w, ez, w)
+            _add_product(p, self.ez_w, ez, w)
         self.e_w.mul_(rescale)
-        p.add_matmul(self.e_w, e, w)
+        _add_product(p, self.e_w, e, w)
         if self.ed_w is not None and ed is not None:
             self.ed_w.mul_(rescale)
-            p.add_matmul(self.ed_w, ed, w)
+            _add_product(p, self.ed_w, ed, w)
             self.ed_w.addcmul_(self.moved[:, None], self.e_w, value=-1.0)
 
 
@@ -118,19 +256,21 @@ def fused_d_logits(
     hr: Tensor | None,
     given: dict[str, Tensor],
 ) -> Tensor:
-    """The gradient of one block of raw head outputs, in the dtype that the next product wants."""
+    """The gradient of one block of raw head outputs, in the dtype that the next products want."""
     n, v = rows.stop - rows.start, cols.stop - cols.start
     raw = _raw(p, space, rows, cols, h, hr)
-    out = space.get("dz", n, v)
+    # a bias sums the entries themselves, which half precision would round
+    dtype = p.dtype if ctx.needs_input_grad[2] else p.operand(p.weight[:0]).dtype
+    out = space.get("dz", n, v, dtype=dtype)
 
     def row(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[rows].to(p.dtype).contiguous()
 
-    _kernels().d_logits[_grid(n, raw)](
-        targets_ptr=p.targets[rows].contiguous(), lse_ptr=row(ctx.lse),
-        entropy_ptr=row(ctx.entropy if "entropy" in given else None),
-        mean_delta_ptr=row(ctx.mean_delta if "kl" in given else None),
-        g_logps_ptr=row(given.get("logps")), g_entropy_ptr=row(given.get("entropy")), g_kl_ptr=row(given.get("kl")),
-        out_ptr=out, slope=p.slope, **raw,
-    )  # fmt: skip
+    _run(_kernels(p).d_logits, n, out, {
+        "targets_ptr": p.targets[rows].contiguous(), "lse_ptr": row(ctx.lse),
+        "entropy_ptr": row(ctx.entropy if "entropy" in given else None),
+        "mean_delta_ptr": row(ctx.mean_delta if "kl" in given else None),
+        "g_logps_ptr": row(given.get("logps")), "g_entropy_ptr": row(given.get("entropy")),
+        "g_kl_ptr": row(given.get("kl")), "out_ptr": out, **raw,
+    })  # fmt: skip
     return out

@@ -9,21 +9,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlft import _check
+from rlft.ops import compiled
 from rlft.ops.dense import logits_logps, transform
-from rlft.ops.fused import require
+from rlft.ops.flash import AttentionPlan
+from rlft.ops.flash import check as check_attention
+from rlft.ops.fused import require, usable
 from rlft.ops.outputs import HeadOutputs, finish
 from rlft.ops.plans import RecomputePlan, TilePlan
 from rlft.ops.tiles import Problem
 
-__all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "linear_logps"]
+__all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "default_chunk", "linear_logps"]
 
-Plan = Literal["auto", "dense", "tile", "recompute", "triton"]
+Plan = Literal["auto", "dense", "tile", "recompute", "attention", "compiled", "triton"]
 PLANS: tuple[str, ...] = get_args(Plan)
 QUANTITIES: tuple[str, ...] = ("logps", "ref_logps", "entropy", "kl")
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "entropy", "kl")
 
 # Rows x vocabulary entries of one tile. 8 MB in float32: fits a processor's cache, and is long enough for a GEMM.
 DEFAULT_CHUNK: tuple[int, int] = (512, 4096)
+# On CUDA a tile must outlast the launch of its kernels, and fill every multiprocessor: 268 MB in float32.
+CUDA_CHUNK: tuple[int, int] = (4096, 16384)
+
+
+def default_chunk(device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries of one tile where nothing else is said: :data:`DEFAULT_CHUNK`, more on CUDA."""
+    return CUDA_CHUNK if device.type == "cuda" else DEFAULT_CHUNK
 
 
 def linear_logps(
@@ -41,7 +51,7 @@ def linear_logps(
     want: frozenset[str] = frozenset({"logps"}),
     grad: frozenset[str] = frozenset({"logps"}),
     plan: Plan = "auto",
-    chunk: tuple[int, int] = DEFAULT_CHUNK,
+    chunk: tuple[int, int] | None = None,
 ) -> HeadOutputs:
     """Per-token log-probs, entropy and exact KL of a linear head, never holding more than a tile of logits.
 
@@ -66,8 +76,12 @@ def linear_logps(
         plan: ``tile`` stores one ``[N, D]`` row of derivatives per declared output (frozen head; backward costs
             O(N D)); ``recompute`` walks the tiles again in the backward (trainable head); ``dense`` materialises the
             logits (the oracle); ``auto`` takes ``recompute`` when the head requires grad, else ``tile``; ``triton`` is
-            what ``auto`` takes, with one Triton kernel between the matrix products (CUDA).
-        chunk: rows and vocabulary entries of one tile. Changes speed and memory, results only by rounding.
+            the same with one Triton kernel between the matrix products, and what ``auto`` takes on CUDA once the
+            kernels have agreed with torch's operators on a small problem; ``compiled`` is the same with kernels that
+            torch.compile makes on first use, for any device (tens of seconds once; then the fastest on a processor);
+            ``attention`` is one call of flash attention over the head (CPU; log-probs and entropy of small problems).
+        chunk: rows and vocabulary entries of one tile; None: 512 and 4096, on CUDA 4096 and 16384. Changes speed and
+            memory, results only by rounding.
 
     Returns:
         :class:`HeadOutputs`, ``[N]`` each, float32 or float64; None where not wanted.
@@ -94,16 +108,21 @@ def linear_logps(
     _check.number("logit_scale", logit_scale)
     if softcap is not None:
         _check.number("softcap", softcap, low=0.0, open_low=True)
+    chunk = default_chunk(hidden.device) if chunk is None else chunk
     if len(chunk) != 2 or min(chunk) < 1:
         raise ValueError(f"chunk must be two positive sizes (rows, vocabulary entries), got {chunk!r}")
     _check_targets(targets, weight.shape[0])
 
     tracking = torch.is_grad_enabled()
     head_trains = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    fused = plan == "triton"
-    if fused:
+    if plan == "triton":
         require(hidden.device)
-    if plan in ("auto", "triton"):
+    if plan == "compiled":
+        compiled.require()
+    fused = "compiled" if plan == "compiled" else ""
+    if plan == "triton" or (plan == "auto" and usable(hidden.device, hidden.dtype)):
+        fused = "triton"
+    if plan in ("auto", "compiled", "triton"):
         plan = "recompute" if head_trains else "tile"
     if plan == "tile" and head_trains:
         raise ValueError(
@@ -142,11 +161,13 @@ def linear_logps(
     )
     names = tuple(name for name in QUANTITIES if name in want)
     declared = tuple(name for name in names if name in grad)
-    computed = (
-        TilePlan.apply(hidden, problem, names, declared)
-        if plan == "tile"
-        else RecomputePlan.apply(hidden, weight, bias, problem, names, declared)
-    )
+    if plan == "attention":
+        check_attention(problem, want, grad, head_trains)
+        computed = AttentionPlan.apply(hidden, problem, names, declared)
+    elif plan == "tile":
+        computed = TilePlan.apply(hidden, problem, names, declared)
+    else:
+        computed = RecomputePlan.apply(hidden, weight, bias, problem, names, declared)
     return finish(dict(zip(names, computed, strict=True)), grad, (hidden, weight, bias))
 
 

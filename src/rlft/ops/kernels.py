@@ -24,8 +24,11 @@ STATE = (
 def _phi(u):
     """``expm1(u) - u``, to full relative precision: a series near zero, where the difference would lose its digits."""
     series = tl.full(u.shape, 1.0, u.dtype)
-    for i in tl.static_range(18, 2, -1):  # pyright: ignore[reportGeneralTypeIssues]
-        series = 1.0 + u * series / i
+    if u.dtype == tl.float64:  # terms that float32 cannot see
+        for i in tl.static_range(18, 10, -1):  # pyright: ignore[reportGeneralTypeIssues]
+            series = 1.0 + u * (series * (1.0 / i))
+    for i in tl.static_range(10, 2, -1):  # pyright: ignore[reportGeneralTypeIssues]
+        series = 1.0 + u * (series * (1.0 / i))
     return tl.where(tl.abs(u) < 0.5, 0.5 * u * u * series, tl.exp(u) - 1.0 - u)
 
 
@@ -38,13 +41,16 @@ def _tanh(x):
 
 @triton.jit
 def _tile(
-    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, rows, alive, start, v, pre, post,
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
     HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits, slope of the soft cap, reference logits and their difference, for ``BLOCK`` columns of some rows.
 
     ``ref_ptr`` holds ``h_ref W'``, or ``(h - h_ref) W'`` where both go through one head (``BY_DIFFERENCE``).
+    ``scales_ptr`` holds ``pre``, ``post`` and the slope in the dtype of the sums: as numbers they would be float32.
     """
+    pre = tl.load(scales_ptr)
+    post = tl.load(scales_ptr + 1)
     cols = start + tl.arange(0, BLOCK)[None, :]
     column = cols < v
     inside = alive[:, None] & column
@@ -64,6 +70,7 @@ def _tile(
         else:
             if ref_bias_ptr is not None:
                 y += tl.load(ref_bias_ptr + cols, mask=column, other=0.0).to(y.dtype)
+            delta = (x - y) * pre
             ref = y * pre
     if SOFTCAP:
         t = _tanh(z)
@@ -72,20 +79,19 @@ def _tile(
             if BY_DIFFERENCE:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
                 delta = _tanh(delta) * (1.0 - t * _tanh(ref)) * post
             else:
-                ref = _tanh(ref) * post
+                ref = _tanh(ref)
+                delta = (t - ref) * post
+                ref = ref * post
         z = t * post
-    if HAS_REF:
-        if BY_DIFFERENCE:
-            ref = z - delta
-        else:
-            delta = z - ref
+    if HAS_REF and BY_DIFFERENCE:
+        ref = z - delta
     return at, cols, inside, column, z, factor, ref, delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_column"])
 def fold(
-    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, targets_ptr, state_ptr, e_ptr, ez_ptr, ed_ptr,
-    n, v, first_column, pre, post,
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, targets_ptr, state_ptr, e_ptr, ez_ptr, ed_ptr,
+    n, v, first_column,
     FIRST: tl.constexpr, HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
     WANT_KL: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +124,7 @@ def fold(
         ref_top = tl.full(top_old.shape, float("-inf"), top_old.dtype)
     for start in range(0, v, BLOCK):
         at, cols, inside, column, z, factor, ref, delta = _tile(
-            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, rows, alive, start, v, pre, post,
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
             HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
         )  # fmt: skip
         top = tl.maximum(top, tl.max(tl.where(column, z, float("-inf")), 1))
@@ -141,7 +147,7 @@ def fold(
         ref_new = tl.zeros_like(s_old)
         for start in range(0, v, BLOCK):
             at, cols, inside, column, z, factor, ref, delta = _tile(
-                z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, rows, alive, start, v, pre, post,
+                z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
                 HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
             )  # fmt: skip
             s_new += tl.sum(tl.where(column, tl.exp(z - top[:, None]), 0.0), 1)
@@ -155,7 +161,7 @@ def fold(
     b = rescale * b_old
     for start in range(0, v, BLOCK):
         at, cols, inside, column, z, factor, ref, delta = _tile(
-            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, rows, alive, start, v, pre, post,
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
             HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
         )  # fmt: skip
         e = tl.where(column, tl.exp(z - top[:, None]), 0.0)
@@ -208,10 +214,10 @@ def fold(
     tl.store(state_ptr + 13 * n, moved, mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_column"])
 def d_logits(
-    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, targets_ptr, lse_ptr, entropy_ptr, mean_delta_ptr,
-    g_logps_ptr, g_entropy_ptr, g_kl_ptr, out_ptr, n, v, first_column, pre, post, slope,
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, targets_ptr, lse_ptr, entropy_ptr, mean_delta_ptr,
+    g_logps_ptr, g_entropy_ptr, g_kl_ptr, out_ptr, n, v, first_column,
     HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +228,7 @@ def d_logits(
     lse = tl.load(lse_ptr + rows, mask=alive, other=0.0)
     for start in range(0, v, BLOCK):
         at, cols, inside, _column, z, factor, _ref, delta = _tile(
-            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, rows, alive, start, v, pre, post,
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
             HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
         )  # fmt: skip
         logp = z - lse[:, None]
@@ -244,5 +250,5 @@ def d_logits(
                 * prob
                 * (delta - tl.load(mean_delta_ptr + rows, mask=alive, other=0.0)[:, None])
             )
-        value = dz * slope * factor
+        value = dz * tl.load(scales_ptr + 2) * factor
         tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)

@@ -21,9 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from rlft.ops import gemm
 
 __all__ = ["FAR", "Problem", "Rows", "Workspace", "logits", "scan"]
 
@@ -44,7 +47,7 @@ class Problem:
     pre: float
     post: float | None
     chunk: tuple[int, int]
-    fused: bool = False  # by the kernels of rlft.ops.fused
+    fused: Literal["", "triton", "compiled"] = ""  # by which kernels, of rlft.ops.fused; none: torch's operators
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,16 +73,16 @@ class Problem:
         return tensor if half and tensor.device.type == "cuda" else tensor.to(self.dtype)
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """``a @ b`` summed and stored in :attr:`dtype`."""
+        """``a @ b`` summed and stored in :attr:`dtype`, in ``out`` or in a tensor of its own: use what is returned."""
         if a.dtype == b.dtype == self.dtype:
-            return torch.mm(a, b, out=out)
+            return gemm.product(a, b, out)
         half = a.dtype if a.dtype != self.dtype else b.dtype
         return out.copy_(torch.mm(a.to(half), b.to(half), out_dtype=self.dtype))
 
     def add_matmul(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """``total += a @ b``."""
         if a.dtype == b.dtype == self.dtype:
-            total.addmm_(a, b)
+            gemm.add_product(total, a, b)
         else:
             half = a.dtype if a.dtype != self.dtype else b.dtype
             total.add_(torch.mm(a.to(half), b.to(half), out_dtype=self.dtype))
@@ -128,9 +131,9 @@ def logits(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr
         ref = space.get("ref", n, v)
         delta = space.get("delta", n, v)
         if by_difference:
-            p.matmul(h - hr, w.t(), delta).mul_(p.pre)
+            delta = p.matmul(h - hr, w.t(), delta).mul_(p.pre)
         else:
-            p.matmul(hr, (w if p.ref_weight is None else p.operand(p.ref_weight[cols])).t(), ref)
+            ref = p.matmul(hr, (w if p.ref_weight is None else p.operand(p.ref_weight[cols])).t(), ref)
             ref_bias = p.bias if p.ref_weight is None else p.ref_bias
             if ref_bias is not None:
                 ref.add_(ref_bias[cols].to(z.dtype))

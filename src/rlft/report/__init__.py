@@ -13,8 +13,9 @@ from typing import Any
 
 from rlft._redact import redact
 from rlft.metrics import LOG_NAME, read_metrics
-from rlft.report.curves import PANELS, Panel, Rows, draw_groups, draw_run, leftover_panels, per_key, present, series
+from rlft.report.curves import Rows, draw_groups, draw_run, series
 from rlft.report.page import Table, facts, flatten, html_page, make_table, number
+from rlft.report.panels import PANELS, Panel, leftover_panels, per_key, present
 from rlft.report.shares import draw_shares, share_table
 
 __all__ = ["PANELS", "Panel", "Table", "comparison_table", "demo_report", "plot_curves", "write_report"]

@@ -1,28 +1,15 @@
-"""Which curves exist, how they are smoothed, and how they are drawn."""
+"""How curves are smoothed, and how panels of them are drawn."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
-__all__ = [
-    "PANELS",
-    "Panel",
-    "Rows",
-    "Series",
-    "draw_groups",
-    "draw_run",
-    "labels_of",
-    "leftover_panels",
-    "per_key",
-    "present",
-    "series",
-    "smooth",
-]
+from rlft.report.panels import Panel, labels_of
+
+__all__ = ["Rows", "Series", "draw_groups", "draw_run", "series", "smooth"]
 
 Rows = Sequence[Mapping[str, Any]]
 Series = tuple[list[int], list[float]]
@@ -33,6 +20,9 @@ _INK, _FAINT = "#24292f", "#d9dde3"
 # In inches: a panel with its labels, what of it the labels take (left, bottom, right, top), and a title.
 _CELL, _MARGINS, _TITLE = (4.1, 2.6), (0.78, 0.5, 0.12, 0.32), 0.36
 DPI = 130
+_TICK, _WIDEST = 8.0, 6  # size of tick labels, and the characters of that size that leave room for the axis's own label
+_TITLE_SIZE, _LONGEST = 10.0, 34  # of titles, likewise, where a panel ends
+_ROUND = (1, 2, 2.5, 5, 10)
 _SMOOTH_FROM = 30  # shorter curves are shown as they are, with a dot per point
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -42,7 +32,7 @@ _STYLE = {
     "axes.edgecolor": "#a8b0ba",
     "axes.titlecolor": _INK,
     "axes.titlelocation": "left",
-    "axes.titlesize": 10,
+    "axes.titlesize": _TITLE_SIZE,
     "axes.titleweight": "bold",
     "axes.labelsize": 8.5,
     "axes.spines.top": False,
@@ -54,100 +44,12 @@ _STYLE = {
     "xtick.color": "#57606a",
     "ytick.color": "#57606a",
     "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "ytick.labelsize": _TICK,
     "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One plot.
-
-    Attributes:
-        title: shown above.
-        keys: metrics drawn in it; ``*`` matches.
-        unit: label of the y axis.
-        section: heading it belongs under.
-        band: two metrics between which the area is filled, around the first key.
-        better: ``"high"``, ``"low"`` or "" where neither is better as such.
-        log: logarithmic y axis.
-        plain: a curve without noise, drawn as it is.
-    """
-
-    title: str
-    keys: tuple[str, ...]
-    unit: str = ""
-    section: str = "Learning"
-    band: tuple[str, str] | None = None
-    better: str = ""
-    log: bool = False
-    plain: bool = False
-
-
-_P = Panel
-PANELS: tuple[Panel, ...] = (
-    _P("Held-out reward", ("eval_reward",), "reward", better="high"),
-    _P("Reward", ("reward", "objective/scores", "objective/rlhf_reward"), "reward", better="high"),
-    _P("Reward by function", ("rewards/*/mean",), "reward", better="high"),
-    _P("Pairs ranked right", ("rewards/accuracies", "eval_rewards/accuracies"), "fraction", better="high"),
-    _P("Reward margin", ("rewards/margins", "eval_rewards/margins"), "β · log ratio", better="high"),
-    _P("Rewards of the pair", ("rewards/chosen", "rewards/rejected"), "β · log ratio"),
-    _P(
-        "Accuracy",
-        ("accuracy", "eval_accuracy", "mean_token_accuracy", "eval_mean_token_accuracy"),
-        "fraction",
-        better="high",
-    ),
-    _P("Score margin", ("margin", "eval_margin"), "score", better="high"),
-    _P("Loss", ("loss", "eval_loss"), "loss"),
-    _P("KL to the reference", ("kl", "eval_kl", "objective/kl"), "nats", section="Policy"),
-    _P("Entropy", ("entropy",), "nats per token", section="Policy"),
-    _P(
-        "Answer length",
-        ("completions/mean_length", "completions/mean_terminated_length"),
-        "tokens",
-        section="Policy",
-        band=("completions/min_length", "completions/max_length"),
-    ),
-    _P("Answers cut at the limit", ("completions/clipped_ratio",), "fraction", section="Policy"),
-    _P(
-        "Tokens clipped",
-        ("clip_ratio/low*", "clip_ratio/high*", "clip_ratio/region*", "policy/clipfrac_avg"),
-        "fraction",
-        "Policy",
-    ),
-    _P("Groups with equal rewards", ("frac_reward_zero_std",), "fraction", section="Policy"),
-    _P("Spread of rewards in a group", ("reward_std", "rewards/*/std"), "reward", section="Policy"),
-    _P("Log-probs of the pair", ("logps/chosen", "logps/rejected"), "nats", section="Policy"),
-    _P("Sampler against trainer", ("sampling/sampling_logp_difference/*",), "nats", section="Policy"),
-    _P("Gradient norm", ("grad_norm",), "norm", section="Optimisation", log=True),
-    _P("Learning rate", ("learning_rate",), "", section="Optimisation", plain=True),
-    _P("Value loss", ("loss/value_avg", "value_loss"), "loss", section="Optimisation", better="low"),
-    _P("Unscored answers", ("rewards/unscored_fraction",), "fraction", section="Optimisation"),
-    _P("Time per step", ("step_time", "update_time"), "seconds", section="Optimisation"),
-    _P("Tokens seen", ("num_tokens",), "tokens", section="Optimisation", plain=True),
-    _P(
-        "Tokens per second",
-        ("meter/trained_tokens_per_second", "meter/sampled_tokens_per_second"),
-        "tokens / s",
-        section="Speed",
-        better="high",
-    ),
-    _P("Padding efficiency", ("padding_efficiency",), "fraction", section="Speed", better="high"),
-    _P("Tokens saved by shared prompts", ("prompt_sharing",), "repeated / computed", section="Speed", better="high"),
-    _P("Answers dropped, without gradient", ("frac_rows_dropped",), "fraction", section="Speed"),
-    _P("Peak memory", ("meter/peak_memory_gib",), "GiB", section="Speed", better="low", plain=True),
-    _P(
-        "Share of the device's limit",
-        ("meter/mfu", "meter/fraction_of_floor"),
-        "fraction",
-        section="Speed",
-        better="high",
-    ),
-)
 
 
 def series(rows: Rows, key: str) -> Series:
@@ -158,53 +60,6 @@ def series(rows: Rows, key: str) -> Series:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[row["step"]] = float(value)
     return list(found), list(found.values())
-
-
-def labels_of(keys: Sequence[str]) -> list[str]:
-    """Short labels that tell the metrics of one panel apart."""
-    bases = [key.removeprefix("eval_") for key in keys]
-    if len(keys) > 1 and len(set(bases)) == 1:
-        return ["held out" if key.startswith("eval_") else "training" for key in keys]
-    parts = [base.split("/") for base in bases]
-    while len(keys) > 1 and all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    while len(keys) > 1 and all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
-        parts = [part[:-1] for part in parts]
-    plain = ["/".join(part).replace("_", " ") for part in parts]
-    held_out = ["eval_" if key.startswith("eval_") else "" for key in keys]
-    return [name + (", held out" if mark else "") for name, mark in zip(plain, held_out, strict=True)]
-
-
-def present(panels: Sequence[Panel], keys: Sequence[str]) -> list[Panel]:
-    """The panels that have something to show, each with the metrics that exist."""
-    taken: set[str] = set()
-    result = []
-    for panel in panels:
-        found = [key for wish in panel.keys for key in keys if fnmatch.fnmatchcase(key, wish) and key not in taken]
-        found = list(dict.fromkeys(found))
-        if found:
-            taken.update(found)
-            band = panel.band if panel.band and all(key in keys for key in panel.band) else None
-            taken.update(band or ())
-            result.append(replace(panel, keys=tuple(found), band=band))
-    return result
-
-
-def leftover_panels(panels: Sequence[Panel], keys: Sequence[str]) -> list[Panel]:
-    """One panel for each metric that no panel shows."""
-    shown = {key for panel in panels for key in (*panel.keys, *(panel.band or ()))}
-    return [Panel(key, (key,), "", "Everything else") for key in sorted(keys) if key not in shown and key != "step"]
-
-
-def per_key(panels: Sequence[Panel]) -> list[Panel]:
-    """Panels cut into one per metric, for comparing runs."""
-    result = []
-    for panel in panels:
-        siblings = len(panel.keys) > 1 and len({key.split("/")[0] for key in panel.keys}) == 1 and "/" in panel.keys[0]
-        for index, (key, label) in enumerate(zip(panel.keys, labels_of(panel.keys), strict=True)):
-            title = panel.title if index == 0 and not siblings else f"{panel.title}: {label}"
-            result.append(replace(panel, keys=(key,), band=None, title=title))
-    return result
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -262,24 +117,29 @@ def _columns(count: int) -> int:
     return 2 if count == 4 else min(3, max(count, 1))
 
 
-def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
+def _dress(axis: Any, panel: Panel, last_line: bool, steps: tuple[int, int]) -> None:
+    """Title, labels and ticks; all panels of a picture go from the first of ``steps`` to the last."""
     ticker = _matplotlib().ticker
-    axis.set_title(panel.title, pad=6)
+    aside = 0.04 * (steps[1] - steps[0]) or 0.5
+    axis.set_xlim(steps[0] - aside, steps[1] + aside)
+    axis.set_title(panel.title, pad=6, fontsize=_TITLE_SIZE * min(1.0, _LONGEST / max(1, len(panel.title))))
     if panel.unit:
         axis.set_ylabel(panel.unit)
-        axis.yaxis.set_label_coords(-0.155, 0.5)
+        axis.yaxis.set_label_coords(-0.185, 0.5)
     if last_line:
         axis.set_xlabel("optimizer step")
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=_ROUND))
     low, high = axis.get_ylim()
     lines = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
     if panel.log and lines and min(lines) > 0 and max(lines) > 20 * min(lines):
         axis.set_yscale("log")
         return
-    axis.yaxis.set_major_locator(ticker.MaxNLocator(5))
+    axis.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=_ROUND))
     constant = bool(lines) and max(lines) - min(lines) < 1e-9 * max(1e-3, abs(max(lines)))
     if lines and panel.unit == "fraction":
         axis.set_ylim(*((-0.04, 1.04) if constant else (max(low, -0.04), min(high, 1.04))))
+    elif panel.zero and lines and min(lines) >= 0 < max(lines):
+        axis.set_ylim(0, 1.15 * max(lines))
     elif constant:
         half = 0.5 * (abs(lines[0]) or 1)
         axis.set_ylim(lines[0] - half, lines[0] + half)
@@ -290,6 +150,9 @@ def _dress(axis: Any, panel: Panel, last_line: bool) -> None:
         axis.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     else:
         axis.ticklabel_format(axis="y", useOffset=False)
+    widest = max((len(label.get_text()) for label in axis.get_yticklabels()), default=0)
+    if widest > _WIDEST:
+        axis.tick_params(axis="y", labelsize=_TICK * _WIDEST / widest)
 
 
 def _small(value: float, position: int | None = None) -> str:
@@ -322,11 +185,19 @@ def _marks(few: bool) -> dict[str, Any]:
     return {"marker": "o", "ms": 3.3, "mec": "white", "mew": 0.5} if few else {}
 
 
+def _first_and_last(runs: Sequence[Rows], panels: Sequence[Panel]) -> tuple[int, int]:
+    """The smallest and the largest step with a metric of these panels."""
+    keys = {key for panel in panels for key in panel.keys}
+    steps = [row["step"] for rows in runs for row in rows if not keys.isdisjoint(row)]
+    return min(steps, default=0), max(steps, default=1)
+
+
 def draw_run(rows: Rows, panels: Sequence[Panel], *, title: str = "") -> bytes:
     """PNG of one run: every panel's metrics as a smoothed line over the faint raw one."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(len(panels), title=title)
+        steps = _first_and_last([rows], panels)
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             lost: list[int] = []
             if panel.band:
@@ -337,7 +208,7 @@ def draw_run(rows: Rows, panels: Sequence[Panel], *, title: str = "") -> bytes:
             for position, (key, label) in enumerate(zip(panel.keys, labels_of(panel.keys), strict=True)):
                 colour, dashed = COLOURS[position % len(COLOURS)], position >= len(COLOURS)
                 lost += _line(axis, series(rows, key), colour, label, plain=panel.plain, dashed=dashed)
-            _dress(axis, panel, index + _columns(len(panels)) >= len(panels))
+            _dress(axis, panel, index + _columns(len(panels)) >= len(panels), steps)
             _mark_lost(axis, sorted(set(lost)))
             if len(panel.keys) > 1 or panel.band:
                 axis.legend(loc="best", handlelength=1.4, borderaxespad=0.2)
@@ -360,6 +231,7 @@ def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(len(panels), title=title, above=0.3)
         handles: dict[str, Any] = {}
+        every = _first_and_last([rows for seeds in groups.values() for rows in seeds], panels)
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             lost: list[int] = []
             for position, (name, seeds) in enumerate(groups.items()):
@@ -376,7 +248,7 @@ def draw_groups(groups: Mapping[str, Sequence[Rows]], panels: Sequence[Panel], *
                     axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
                 marks = _marks(len(steps) < _SMOOTH_FROM)
                 (handles[name],) = axis.plot(steps, mean, color=colour, lw=1.8, ls=style, **marks)
-            _dress(axis, panel, index + _columns(len(panels)) >= len(panels))
+            _dress(axis, panel, index + _columns(len(panels)) >= len(panels), every)
             _mark_lost(axis, sorted(set(lost)))
         width, height = figure.get_size_inches()
         top = 1 - (_TITLE * bool(title)) / height

@@ -44,10 +44,15 @@ def mean_seconds(seeds: Sequence[Rows]) -> dict[str, float]:
     return {n: sum(one.get(n, 0.0) for one in each) / len(each) for n in PHASES if any(one.get(n) for one in each)}
 
 
+def _spent(groups: Mapping[str, Sequence[Rows]]) -> dict[str, dict[str, float]]:
+    """Mean seconds by phase of every name that logged any."""
+    every = {name: mean_seconds(seeds) for name, seeds in groups.items()}
+    return {name: seconds for name, seconds in every.items() if seconds}
+
+
 def share_table(groups: Mapping[str, Sequence[Rows]]) -> Table | None:
     """Seconds and share of every phase, a column for each name; None when nothing was logged."""
-    spent = {name: mean_seconds(seeds) for name, seeds in groups.items()}
-    spent = {name: seconds for name, seconds in spent.items() if seconds}
+    spent = _spent(groups)
     if not spent:
         return None
     phases = [phase for phase in PHASES if any(phase in seconds for seconds in spent.values())]
@@ -65,8 +70,7 @@ def _cell(seconds: float, together: float) -> str:
 
 def draw_shares(groups: Mapping[str, Sequence[Rows]]) -> bytes | None:
     """PNG with one bar per name, cut into the shares of its phases; None when nothing was logged."""
-    spent = {name: mean_seconds(seeds) for name, seeds in groups.items()}
-    spent = {name: seconds for name, seconds in spent.items() if seconds}
+    spent = _spent(groups)
     if not spent:
         return None
     matplotlib = _matplotlib()

@@ -86,9 +86,11 @@ def run_guarded(call: Callable[[], Any], *, timeout: float | None, poll: Callabl
     Raises:
         Wait: when time is up. Whatever ``call`` or ``poll`` raises comes through.
     """
+    grad = torch.is_grad_enabled()
     if timeout is None:
-        return call()
-    context, grad = contextvars.copy_context(), torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad):  # whatever the call leaves behind is put back
+            return call()
+    context = contextvars.copy_context()
     result: list[Any] = []
     error: list[BaseException] = []
 
@@ -133,7 +135,7 @@ def run_together(
     async def one(index: int) -> None:
         try:
             outcomes[index] = await calls[index]()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:
             outcomes[index] = caught
         done[index] = True
 

@@ -96,6 +96,10 @@ def _from_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"the reward's module {name!r} cannot be imported: {error}; is it on PYTHONPATH?") from error
+    except Exception as error:
+        raise ValueError(
+            f"the reward's module {name!r} cannot be imported: {type(error).__name__}: {error}; try `python -m {name}`"
+        ) from error
 
 
 def _from_file(path: Path) -> Any:
@@ -113,6 +117,11 @@ def _from_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         loader.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(
+            f"the reward's file {str(path)!r} cannot be run: {type(error).__name__}: {error}; try `python {path}`"
+        ) from error
     except BaseException:
         del sys.modules[name]
         raise

@@ -217,7 +217,7 @@ class RewardSet:
             except Wait as caught:
                 raise self._hung([together[position] for position in caught.unfinished], step) from caught
             for index, outcome in zip(together, outcomes, strict=True):
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, (Exception, SystemExit)):
                     raise self._raised(index, outcome, step) from outcome
                 returned[index] = outcome
         return returned
@@ -256,7 +256,7 @@ class RewardSet:
         if not isinstance(returned, (list, tuple)):
             raise RewardError(
                 f"reward function {name!r} must return a list with one number or None per completion ({count}), "
-                f"got {type(returned).__name__}{_at(step)}",
+                f"got {type(returned).__name__}{_shape(returned)}{_at(step)}",
                 function=name,
                 step=step,
             )
@@ -332,7 +332,7 @@ class RewardSet:
 class _UserError(Exception):
     """Carries what a reward function raised past the watchdog, apart from what ``poll`` raises."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception | SystemExit) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -341,7 +341,7 @@ def _blamed(call: Callable[[], Any]) -> Callable[[], Any]:
     def wrapped() -> Any:
         try:
             return call()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:  # a function that exits would end the run without a word
             raise _UserError(caught) from caught
 
     return wrapped
@@ -356,6 +356,10 @@ def _step(trainer_state: Any) -> int | None:
     step = trainer_state.get("global_step") if isinstance(trainer_state, Mapping) else None
     step = getattr(trainer_state, "global_step", step)
     return step if isinstance(step, int) else None
+
+
+def _shape(returned: Any) -> str:
+    return f" of shape {list(returned.shape)}" if hasattr(returned, "shape") else ""
 
 
 def _at(step: int | None) -> str:

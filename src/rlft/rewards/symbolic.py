@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import logging
 import os
 import selectors
 import signal
@@ -13,13 +14,15 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 from rlft import _check
 from rlft.rewards.latex import parse_expression
 
 __all__ = ["SymbolicChecker"]
+
+logger = logging.getLogger("rlft.rewards")
 
 _START_SECONDS = 60.0
 _WORKER = Path(__file__).with_name("symbolic_worker.py")
@@ -33,7 +36,8 @@ class SymbolicChecker:
     Text is read by :func:`rlft.rewards.latex.parse_expression`, which knows a small grammar and evaluates nothing; sympy
     gets expression trees, never text, in a process of its own with limited memory, an empty environment and no way to
     write files. A question that is not answered in time kills the process, and a new one takes its place: a timeout is
-    None (unscored), never a hang and never an error.
+    None (unscored), never a hang and never an error. So is one that sympy fails on. Both are counted (``timeouts``,
+    ``errors``), and the first of each kind is logged.
 
     Args:
         timeout: seconds per question.
@@ -56,6 +60,8 @@ class SymbolicChecker:
         self.timeout, self.memory_mb, self.cache_size = float(timeout), int(memory_mb), int(cache_size)
         self.timeouts = 0
         """Questions that ended the process: out of time or memory."""
+        self.errors: Counter[str] = Counter()
+        """Questions that sympy raised an exception on, by its name; they are unscored."""
         self._cache: OrderedDict[str, bool | None] = OrderedDict()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,7 +85,7 @@ class SymbolicChecker:
             if question in self._cache:
                 self._cache.move_to_end(question)
                 return self._cache[question]
-            verdict = self._ask(question)
+            verdict = self._ask(question, answer, reference)
             self._cache[question] = verdict
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
@@ -105,7 +111,7 @@ class SymbolicChecker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, question: str) -> bool | None:
+    def _ask(self, question: str, answer: str, reference: str) -> bool | None:
         if self._owner != os.getpid():
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
@@ -120,9 +126,23 @@ class SymbolicChecker:
             reply = self._read(self.timeout)
         except OSError:
             reply = None
+        asked = f"{answer[:80]!r} = {reference[:80]!r}"
         if reply is None:
             self.timeouts += 1
             self.close()
+            if self.timeouts == 1:
+                logger.warning(
+                    f"sympy ran out of time ({self.timeout:g} s) or memory ({self.memory_mb} MB) on {asked}: such answers are "
+                    f"unscored (SymbolicChecker.timeouts counts them)"
+                )
+        elif reply.startswith(b"!"):
+            said = reply[1:].decode("ascii", "replace")
+            kind = said.partition(":")[0]
+            self.errors[kind] += 1
+            if self.errors[kind] == 1:
+                logger.warning(
+                    f"sympy failed on {asked} with {said}: such answers are unscored (SymbolicChecker.errors counts them)"
+                )
         return {b"1": True, b"0": False}.get(reply or b"")
 
     def _start(self) -> None:

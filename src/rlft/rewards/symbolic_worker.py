@@ -1,7 +1,8 @@
 """The process that compares expression trees with sympy. Run as a script; imports sympy and the standard library alone.
 
-Reads one JSON line per question ``[tree, tree]`` and answers ``1`` (equal), ``0`` (different) or ``?`` (undecided). It never
-parses text as mathematics: trees come from :mod:`rlft.rewards.latex` and are turned into sympy objects node by node.
+Reads one JSON line per question ``[tree, tree]`` and answers ``1`` (equal), ``0`` (different), ``?`` (undecided) or
+``!ValueError: why`` (sympy failed). It never parses text as mathematics: trees come from :mod:`rlft.rewards.latex` and are
+turned into sympy objects node by node.
 """
 
 from __future__ import annotations
@@ -114,6 +115,15 @@ def all_true(*verdicts: bool | None) -> bool | None:
     return False if False in verdicts else None if None in verdicts else True
 
 
+def failure(error: Exception) -> str:
+    """One short line of plain characters."""
+    try:
+        said = " ".join(str(error).split())
+    except Exception:
+        said = ""
+    return f"!{type(error).__name__}: {said[:200]}".encode("ascii", "backslashreplace").decode()
+
+
 def main() -> None:
     memory_mb, seconds = int(sys.argv[1]), float(sys.argv[2])
     import sympy
@@ -127,9 +137,10 @@ def main() -> None:
         try:
             left, right = json.loads(line)
             verdict = same(build(left, sympy), build(right, sympy), sympy)
-        except Exception:
-            verdict = None
-        out.write({True: b"1\n", False: b"0\n", None: b"?\n"}[verdict])
+            reply = {True: "1", False: "0", None: "?"}[verdict]
+        except Exception as error:  # whatever sympy stumbles over; the parent counts it
+            reply = failure(error)
+        out.write(reply.encode() + b"\n")
         out.flush()
 
 

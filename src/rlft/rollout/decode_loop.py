@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,20 @@ from rlft.rollout.draw import draw, filter_logits, greedy
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.types import Rollout, SamplingParams
 
-__all__ = ["DecodeLoop"]
+if TYPE_CHECKING:
+    from rlft.rollout.llama_step import LlamaStep
 
-_TRIM = 0.75  # live rows move left when they would then need less than this share of the columns
+__all__ = ["DecodeLoop", "fitted"]
+
+_TRIM = 0.75  # rows move left when they would then need less than this share of the columns
 _REFILL = 4  # new rows are let in when a slots' quarter is free, so that each prefill serves several
+_SHARED = 4  # answers to a prompt from which it pays to read its keys once for all of them
 _RESERVE = 256  # columns allocated beyond the prompts at once
+
+
+def fitted(columns: int, needed: int) -> int:
+    """The column where rows shall end that end at ``columns``, when the longest needs ``needed``."""
+    return needed if needed > columns or needed < _TRIM * columns else columns
 
 
 @dataclass(slots=True)
@@ -36,7 +45,7 @@ class _Prefilled:
 class DecodeLoop:
     """The state of one call: rows that wait, rows that live, what came out.
 
-    Use: ``while loop.busy: loop.admit(); loop.step()``, then :meth:`result`.
+    Use: :meth:`run`.
 
     Args:
         model: a transformers causal language model, in evaluation mode and without gradient.
@@ -48,6 +57,7 @@ class DecodeLoop:
         max_prefill_tokens: prompt tokens, padding included, in one prefill (at least one prompt always goes).
         end_ids: tokens that end a row, besides those of ``params``.
         pad_id: any id; it fills prompts on the left and is masked.
+        decode: scores the next token of live rows; default: the model's forward does.
     """
 
     def __init__(
@@ -62,18 +72,26 @@ class DecodeLoop:
         max_prefill_tokens: int,
         end_ids: Sequence[int],
         pad_id: int,
+        decode: LlamaStep | None = None,
     ) -> None:
         from rlft.rollout.row_cache import RowCache
+        from rlft.rollout.shared_rows import SharedRows, can_share
 
         self.model, self.prompts, self.n, self.params, self.pad_id = model, prompts, n, params, pad_id
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_prefill_tokens, self.decode = max_prefill_tokens, decode
         self.device = device = model.device
         total = len(prompts) * n
         self.slots = min(slots, total)
         self.vocab = model.config.get_text_config(decoder=True).vocab_size
-        self.cache = RowCache(model.config.get_text_config(decoder=True).num_hidden_layers, self.slots)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.shared: SharedRows | None = None
+        if decode is not None and n >= _SHARED and can_share(device, model.dtype):
+            self.shared = SharedRows(layers, self.slots, len(prompts))
+        self.own = RowCache(layers, self.slots) if self.shared is None else self.shared.own
+        self.cache = self.shared or self.own
         self.accepts = set(inspect.signature(model.forward).parameters)
-        self.stops = torch.tensor(sorted({*end_ids, *params.stop_token_ids}), dtype=torch.long, device=device)
+        self.end_ids = sorted({*end_ids, *params.stop_token_ids})
+        self.ends: Tensor | None = None  # [V] whether a token ends a row
         self.keys = row_keys(seed, len(prompts), n).to(device)
         # Longest prompts first: equal lengths meet in a prefill, and rows rarely have to move right for a later one.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p)))
@@ -82,6 +100,7 @@ class DecodeLoop:
         self.live = 0
         self.row = torch.zeros(self.slots, dtype=torch.long, device=device)
         self.start = torch.zeros_like(self.row)
+        self.before = torch.zeros_like(self.row)  # tokens of the row that are not in its own columns
         self.count = torch.zeros_like(self.row)
         self.token = torch.zeros_like(self.row)
         self.seen: Tensor | None = None
@@ -98,6 +117,20 @@ class DecodeLoop:
     def busy(self) -> bool:
         """Whether any row waits or lives."""
         return bool(self.live or self.waiting or self.prefilled)
+
+    def run(self, weight_version: int, poll: Callable[[], None] | None) -> Rollout:
+        """Draw everything.
+
+        Args:
+            weight_version: for the result.
+            poll: called before every step; what it raises comes through.
+        """
+        while self.busy:
+            if poll is not None:
+                poll()
+            self.admit()
+            self.step()
+        return self.result(weight_version)
 
     def result(self, weight_version: int) -> Rollout:
         """Everything that came out, prompt-major."""
@@ -129,6 +162,10 @@ class DecodeLoop:
         width = len(self.prompts[self.waiting[0]])  # the longest that waits
         wanted = max(1, min(wanted, self.max_prefill_tokens // width, len(self.waiting)))
         chosen = [self.waiting.popleft() for _ in range(wanted)]
+        if self.decode is not None:
+            prompts, logits = self.decode.prefill([self.prompts[p] for p in chosen])
+            self.prefilled.append(_Prefilled(chosen, prompts, logits.float()))
+            return
         padding = [width - len(self.prompts[p]) for p in chosen]
         ids = [[self.pad_id] * gap + list(self.prompts[p]) for p, gap in zip(chosen, padding, strict=True)]
         first = torch.tensor(padding, device=self.device)
@@ -153,11 +190,19 @@ class DecodeLoop:
         if until == len(group.prompts) * self.n:
             self.prefilled.popleft()
 
-        columns = self._fit(int(lengths.max()))
-        self.cache.admit(group.cache, source, columns=columns, reserve=min(self.params.max_new_tokens, _RESERVE))
+        held = lengths if self.shared is None else torch.zeros_like(lengths)
+        columns = self._fit(int(held.max()))
+        reserve = min(self.params.max_new_tokens, _RESERVE)
+        if self.shared is not None:
+            names = [row // self.n for row in rows]
+            self.shared.admit(
+                group.cache, source, columns=columns, reserve=reserve, names=names, lengths=lengths.tolist()
+            )
+        else:
+            self.own.admit(group.cache, source, columns=columns, reserve=reserve)
         new = slice(self.live, self.live + len(rows))
         self.row[new] = torch.tensor(rows, device=self.device)
-        self.start[new] = columns - lengths
+        self.start[new], self.before[new] = columns - held, lengths - held
         self.count[new] = 0
         if self.seen is not None:
             for slot, row in zip(range(new.start, new.stop), rows, strict=True):
@@ -171,15 +216,20 @@ class DecodeLoop:
         columns = self.cache.columns if self.live else 0
         longest = columns - int(self.start[: self.live].min()) if self.live else 0
         needed = max(longest, incoming)
-        if needed > columns or needed < _TRIM * columns:
-            self.start[: self.live] += needed - columns
-            return needed
-        return columns
+        chosen = fitted(columns, needed)
+        self.start[: self.live] += chosen - columns
+        return chosen
 
     # -- one token for every live row -----------------------------------------------------------------------------
     def step(self) -> None:
         """Run the model on the last token of every live row and draw the next."""
         if not self.live:
+            return
+        if self.decode is not None:
+            start = self.start[: self.live]
+            positions = self.before[: self.live] + self.cache.columns - start
+            self.cache.open(start)
+            self._choose(0, self.decode(self.token[: self.live], positions, self.cache).float())
             return
         columns, start = self.cache.columns, self.start[: self.live, None]
         logits = self._forward(
@@ -214,7 +264,11 @@ class DecodeLoop:
         self.token[here] = tokens
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        stopped = torch.isin(tokens, self.stops)
+        if self.ends is None:
+            self.ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
+            known = [token for token in self.end_ids if token < len(self.ends)]
+            self.ends[torch.tensor(known, dtype=torch.long, device=self.device)] = True
+        stopped = self.ends[tokens]
         self.finished[rows] = stopped
         ended = (stopped | (count >= self.params.max_new_tokens)).nonzero()[:, 0].tolist()
         if ended:
@@ -236,7 +290,7 @@ class DecodeLoop:
         movers = [slot for slot in range(rows, self.live) if slot not in gone]
         source = torch.tensor(movers, dtype=torch.long, device=self.device)
         self.cache.move(source, target, rows)
-        for state in (self.row, self.start, self.count, self.token, self.seen):
+        for state in (self.row, self.start, self.before, self.count, self.token, self.seen):
             if state is not None:
                 state[target] = state[source]
         self.live = rows

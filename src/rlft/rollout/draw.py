@@ -67,15 +67,16 @@ def _finite(highest: Float[Tensor, " B"]) -> None:
         row = int(bad[0, 0])
         raise ValueError(
             f"the logits of row {row} have no finite maximum ({highest[row].item()}), so no token can be drawn: "
-            f"the model's weights or activations overflowed"
+            f"the model's weights or activations overflowed; lower learning_rate, or look at the weights"
         )
 
 
 def greedy(scores: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """The most likely token and its log-prob; NaN or infinite scores are refused as in :func:`draw`."""
-    _finite(scores.max(-1).values)
-    tokens = scores.argmax(-1)
-    return tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+    tokens = scores.argmax(-1)  # NaN counts as the largest
+    highest = scores.gather(-1, tokens[:, None])
+    _finite(highest[:, 0])
+    return tokens, -(scores - highest).exp_().sum(-1).log()
 
 
 def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
@@ -92,10 +93,11 @@ def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tens
         ValueError: when a row's scores hold NaN or +inf, or nothing but -inf.
     """
     rows, vocab = scores.shape
-    highest = scores.max(-1, keepdim=True).values
+    highest = scores.amax(-1, keepdim=True)  # max(-1) looks for the place as well, at ten times the price
     _finite(highest[:, 0])
     blocks = -(-vocab // _BLOCK)
-    weights = scores.new_zeros((rows, blocks * _BLOCK))
+    weights = scores.new_empty((rows, blocks * _BLOCK))
+    weights[:, vocab:] = 0.0
     torch.sub(scores, highest, out=weights[:, :vocab])
     weights[:, :vocab].exp_()
     blocked = weights.view(rows, blocks, _BLOCK)
@@ -104,11 +106,11 @@ def draw(scores: Float[Tensor, "B V"], u: Float[Tensor, " B"]) -> tuple[Int[Tens
     target = torch.minimum(
         u * total, torch.nextafter(total, torch.zeros_like(total))
     )  # u * total may round up to total
-    block = (edges <= target[:, None]).sum(-1).clamp(max=blocks - 1)
+    block = torch.searchsorted(edges, target[:, None], right=True)[:, 0].clamp(max=blocks - 1)
     below = torch.where(block > 0, edges.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inside = blocked[torch.arange(rows, device=scores.device), block]
     cumulative = inside.double().cumsum(-1)
-    offset = (cumulative <= (target - below)[:, None]).sum(-1)
+    offset = torch.searchsorted(cumulative, (target - below)[:, None], right=True)[:, 0]
     # Rounding may leave the target a hair past the block's own sum: then take its likeliest token.
     offset = torch.where(offset < _BLOCK, offset, inside.argmax(-1))
     tokens = block * _BLOCK + offset

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
+from rlft.rollout.llama_structure import unknown
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
-from rlft.rollout.types import Rollout, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
 from rlft.rollout.weights import merged_adapters
 
+if TYPE_CHECKING:
+    from rlft.rollout.llama_step import LlamaStep
+
 __all__ = ["FastSampler", "unsupported"]
+
+logger = logging.getLogger("rlft")
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -43,7 +51,7 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
-class FastSampler:
+class FastSampler(Sampler):
     """A :class:`Sampler` that prefills each prompt once, drops finished rows and refills their slots.
 
     The prompt of a group runs through the model once, however many completions it gets. Rows that end free their
@@ -59,6 +67,13 @@ class FastSampler:
         merge_limit_mb: LoRA adapters are merged while sampling, which saves two matrix products per layer and token, if
             the weights they adapt, then held twice, are float32 or float64 and take at most so much memory; 0 = never.
             The weights are bit for bit the same afterwards.
+        own_step: Llama, Mistral, Qwen2 and Qwen3 models decode by :class:`rlft.rollout.llama_step.LlamaStep`, whose
+            logits are compared with the model's own on first use; False: every model by its modules.
+        copy_limit_mb: weights of that step are held twice, fused and in the order in which the processor reads them
+            fastest, if they take at most so much memory; those beyond are used where they are.
+
+    Attributes:
+        not_own_step: why the last call decoded by the model's modules; None where it did not.
 
     Raises:
         ValueError: for a model whose cache is not made of rows of keys and values (state-space layers,
@@ -75,16 +90,23 @@ class FastSampler:
         max_batch: int = 128,
         max_prefill_tokens: int = 8192,
         merge_limit_mb: float = 1024,
+        own_step: bool = True,
+        copy_limit_mb: float = 2048,
     ) -> None:
         _check.number("max_batch", max_batch, low=1)
         _check.number("max_prefill_tokens", max_prefill_tokens, low=1)
         _check.number("merge_limit_mb", merge_limit_mb, low=0)
+        _check.number("copy_limit_mb", copy_limit_mb, low=0)
         reason = unsupported(model)
         if reason:
             raise ValueError(f"the built-in sampler cannot run this model: {reason}; use the 'transformers' sampler")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_prefill_tokens = int(max_batch), int(max_prefill_tokens)
-        self.merge_limit_mb = merge_limit_mb
+        self.merge_limit_mb, self.copy_limit_mb = merge_limit_mb, copy_limit_mb
+        self.own_step = own_step
+        self.not_own_step: str | None = None
+        self._compared = False
+        self._found: str | None = None  # by comparison with the model's forward
         self.end_ids = end_token_ids(model, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
@@ -99,7 +121,6 @@ class FastSampler:
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
         prompts = check_request(prompt_ids, n, seed)
         model = generating_model(self.model)
         check_context(model, prompts, params.max_new_tokens)
@@ -114,10 +135,30 @@ class FastSampler:
                 max_prefill_tokens=self.max_prefill_tokens,
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
+                decode=self._decode_step(model, prompts, rows=len(prompts) * n, new=params.max_new_tokens),
             )
-            while loop.busy:
-                if poll is not None:
-                    poll()
-                loop.admit()
-                loop.step()
-        return loop.result(weight_version)
+            return loop.run(weight_version, poll)
+
+    def _decode_step(self, model: Any, prompts: list[list[int]], *, rows: int, new: int) -> LlamaStep | None:
+        """The step that this call decodes with, over the weights of this moment; None for the model's own forward."""
+        from rlft.rollout.llama_step import LlamaStep, disagreement
+
+        why = self._found or unknown(model, longest=max(map(len, prompts)) + new)
+        step = None
+        if not self.own_step:
+            why = "own_step=False"
+        elif why is None:
+            step = LlamaStep(model, rows=min(self.max_batch, rows), copy_bytes=int(self.copy_limit_mb * 2**20))
+            if not self._compared:
+                self._compared = True
+                why = self._found = disagreement(model, step, prompts, pad_id=self.pad_id)
+                if why is not None:
+                    warnings.warn(
+                        f"the built-in sampler's decode step is not that of this {type(model).__name__}: {why}; the "
+                        f"model's own forward is used (slower). Pass own_step=False to skip this check",
+                        stacklevel=3,
+                    )
+        if why != self.not_own_step:
+            logger.info("built-in sampler: %s", f"decodes by the model's modules: {why}" if why else "decodes itself")
+        self.not_own_step = why
+        return step if why is None else None

@@ -101,12 +101,7 @@ class MixtureSampler:
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
             )
-            while loop.busy:
-                if poll is not None:
-                    poll()
-                loop.admit()
-                loop.step()
-        return loop.result(weight_version)
+            return loop.run(weight_version, poll)
 
 
 class AverageSampler:

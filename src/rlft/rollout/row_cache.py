@@ -10,13 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["RowCache"]
+__all__ = ["RowCache", "padding_mask"]
 
 _GROWTH = 1.5
+
+
+def padding_mask(start: Int[Tensor, " R"], columns: int, dtype: torch.dtype) -> Float[Tensor, "R 1 1 S"]:
+    """What is added to scores: -inf in columns before ``start``, else 0."""
+    gone = torch.arange(columns, device=start.device) < start[:, None]
+    return torch.zeros_like(gone, dtype=dtype).masked_fill_(gone, -torch.inf)[:, None, None]
 
 
 class _RowLayer(DynamicLayer):
@@ -39,11 +46,16 @@ class _RowLayer(DynamicLayer):
         """Columns there is memory for; None before the first admission."""
         return None if self._buffers is None else self._buffers[0].shape[2]
 
+    @property
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the live part, ``[rows, heads, columns, head_dim]`` each."""
+        keys, values = self.buffers
+        return keys[: self.rows, :, : self.columns], values[: self.rows, :, : self.columns]
+
     def _expose(self) -> tuple[Tensor, Tensor]:
         """Make the live part what attention and the other methods of the base class see."""
-        found = [buffer[: self.rows, :, : self.columns] for buffer in self.buffers]
-        self.keys, self.values = found
-        return found[0], found[1]
+        self.keys, self.values = found = self.live
+        return found
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token per live row; the keys and values of every column so far."""
@@ -75,17 +87,19 @@ class _RowLayer(DynamicLayer):
         self.columns = columns
         self._expose()
 
-    def admit(self, layer: Any, source: Int[Tensor, " M"], *, slots: int, capacity: int) -> None:
+    def admit(
+        self, layer: Any, source: Int[Tensor, " M"], *, slots: int, capacity: int, width: int | None = None
+    ) -> None:
         """Append rows, copied from the rows ``source`` of a prefilled layer, ending where the live ones end."""
         given = (layer.keys, layer.values)
         if self._buffers is None:
             self.lazy_initialization(*given)
             keys, values = (s.new_zeros((slots, s.shape[1], capacity, s.shape[3])) for s in given)
             self._buffers = (keys, values)
-        width = min(layer.keys.shape[2], self.columns)
+        kept = min(layer.keys.shape[2], self.columns) if width is None else width
         rows = slice(self.rows, self.rows + len(source))
         for buffer, states in zip(self.buffers, given, strict=True):
-            buffer[rows, :, self.columns - width : self.columns] = states[source, :, states.shape[2] - width :]
+            buffer[rows, :, self.columns - kept : self.columns] = states[source, :, states.shape[2] - kept :]
         self.rows += len(source)
         self._expose()
 
@@ -110,24 +124,33 @@ class RowCache(Cache):
         self._rows = [_RowLayer() for _ in range(layers)]
         super().__init__(layers=list(self._rows))
         self.slots = slots
+        self.mask: Tensor | None = None  # of the step that is under way
 
     @property
     def columns(self) -> int:
         """How many columns there are: the next token's key goes to the one after the last."""
         return self._rows[0].columns
 
-    def admit(self, prefilled: Cache, source: Int[Tensor, " M"], *, columns: int, reserve: int) -> None:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values; known after the first admission."""
+        return self._rows[0].buffers[0].dtype
+
+    def admit(
+        self, prefilled: Any, source: Int[Tensor, " M"], *, columns: int, reserve: int, width: int | None = None
+    ) -> None:
         """Add rows from a prefilled cache, after making the live rows end at ``columns``.
 
         Args:
-            prefilled: the cache of left-padded prompts.
+            prefilled: keys and values of prompts, each ending at the last column.
             source: which of its rows to copy, in the order of the new slots; a row may be copied many times.
             columns: where every row shall end.
             reserve: columns to allocate beyond, when memory is allocated anyway.
+            width: how many of the last columns to copy; default: all.
         """
         self.relayout(columns, reserve=reserve)
         for mine, theirs in zip(self._rows, prefilled.layers, strict=True):
-            mine.admit(theirs, source, slots=self.slots, capacity=columns + reserve)
+            mine.admit(theirs, source, slots=self.slots, capacity=columns + reserve, width=width)
 
     def relayout(self, columns: int, *, reserve: int) -> None:
         """Make live rows end at ``columns``."""
@@ -137,6 +160,38 @@ class RowCache(Cache):
             elif columns != layer.columns:
                 fits = columns <= layer.capacity
                 layer.relayout(columns, capacity=layer.capacity if fits else columns + reserve)
+
+    def past(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the live rows in one layer, ``[R, K, columns, d]`` each."""
+        return self._rows[layer].live
+
+    def open(self, start: Int[Tensor, " R"]) -> None:
+        """Before the layers of a step: ``start`` is the column at which each live row begins."""
+        self.mask = padding_mask(start, self.columns + 1, self.dtype) if start.any() else None
+
+    def append(self, layer: int, keys: Float[Tensor, "R K d"], values: Float[Tensor, "R K d"]) -> tuple[Tensor, Tensor]:
+        """Add one token to every live row of one layer; its keys and values, ``[R, K, columns, d]``."""
+        return self._rows[layer].update(keys[:, :, None], values[:, :, None])
+
+    def attend(
+        self,
+        layer: int,
+        queries: Float[Tensor, "R K G d"],
+        keys: Float[Tensor, "R K d"],
+        values: Float[Tensor, "R K d"],
+        *,
+        scale: float,
+    ) -> Float[Tensor, "R K G d"]:
+        """Append one token to every live row of one layer, and let its queries see the row up to and with it.
+
+        Args:
+            layer: which one.
+            queries: those that share a key stand together: the keys are never repeated.
+            keys, values: of the new token.
+            scale: the scores are multiplied by it.
+        """
+        k, v = self.append(layer, keys, values)
+        return torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=self.mask, scale=scale)
 
     def move(self, source: Int[Tensor, " M"], target: Int[Tensor, " M"], rows: int) -> None:
         """Copy rows ``source`` over rows ``target``, then keep the first ``rows``."""

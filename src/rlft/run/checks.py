@@ -11,6 +11,7 @@ from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
 from rlft.run import controllers, correction, pairwise_rules
+from rlft.run.plan import steps_per_generation
 
 if TYPE_CHECKING:
     pass
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["check_data", "check_settings"]
+__all__ = ["check_data", "check_settings", "check_tokens", "note_positions"]
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
@@ -73,6 +74,17 @@ def check_settings(
         raise ConfigError(f"sync_ref_model does nothing: the reference of objective {objective.name!r} {why}; drop it")
     if config.precompute_ref_log_probs:
         _check_precompute(objective, online=online)
+    if online and config.max_length is not None:
+        raise ConfigError(
+            f"max_length={config.max_length} does nothing where answers are sampled: set max_prompt_length and "
+            f"max_completion_length, and drop max_length"
+        )
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    if "kl_baseline" in objective.needs and step < 2:
+        raise ConfigError(
+            f"objective {objective.name!r} compares answers with other prompts: per_device_train_batch_size=1 x "
+            f"gradient_accumulation_steps=1 gives a step one example; raise one of them"
+        )
     if objective.couples_rows and config.max_tokens_per_micro_batch is not None:
         raise ConfigError(
             f"objective {objective.name!r} compares rows of the whole step with each other, so a step must be one micro-batch; "
@@ -175,7 +187,7 @@ def _check_trust_region(config: Config, objective: Objective, *, online: bool) -
 
 def check_on_policy(config: Config, objective: Objective) -> None:
     """Estimators that are biased for samples of another distribution are refused, naming the unbiased one."""
-    steps = (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
+    steps = steps_per_generation(config)
     foreign = {
         "num_iterations": config.num_iterations > 1,
         "steps_per_generation": steps > 1,
@@ -207,15 +219,7 @@ def check_on_policy(config: Config, objective: Objective) -> None:
 
 
 def check_data(config: Config, objective: Objective, data: Any, *, online: bool) -> None:
-    if data.format in ("preference", "unpaired") and all(t.name == "sft" for t in objective.terms):
-        bad = {"preference": "rejected", "unpaired": "undesired"}[data.format]
-        remedy = {
-            "preference": "set data_format: prompt_completion and columns: {completion: chosen}",
-            "unpaired": "give rows with desired answers alone",
-        }[data.format]
-        raise ConfigError(
-            f"objective {objective.name!r} on {data.format!r} rows would imitate the {bad} answers too; {remedy}"
-        )
+    _check_imitation(objective, data)
     kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
     wanted = [kind for kind, needed in kinds.items() if needed]
     if wanted and not online and data.format not in wanted:
@@ -241,6 +245,12 @@ def check_data(config: Config, objective: Objective, data: Any, *, online: bool)
                 f"{objective.min_group}, got 1 in {len(small)} of {len(data.examples)} rows (first: row {small[0]}); leave "
                 f"those rows out, or use an objective without a baseline, e.g. dro"
             )
+    scored = [sum(c.reward is not None and c.reward == c.reward for c in e.completions) for e in data.examples]
+    if objective.needs_rewards and not online and data.format == "ranked" and max(scored) < objective.min_group:
+        raise ConfigError(
+            f"objective {objective.name!r} compares answers of one prompt, and no row has {objective.min_group} that are scored "
+            f"(null and NaN mean unscored); give scores"
+        )
     if config.pair_rewards is not None and (data.format != "preference" or not objective.needs_rewards):
         raise ConfigError(
             f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it"
@@ -249,6 +259,56 @@ def check_data(config: Config, objective: Objective, data: Any, *, online: bool)
         raise ConfigError(
             f"the rows hold prompts only{_lacks(data, 'prompt_completion')}; give `rewards` to sample answers online, or "
             f"rows with completions"
+        )
+
+
+def _check_imitation(objective: Objective, data: Any) -> None:
+    """Bad answers are imitated where that was said in so many words, and nowhere else."""
+    bad = {"preference": "rejected", "unpaired": "undesired"}.get(data.format)
+    if bad is not None and any(term.imitates and term.rows is None for term in objective.terms):
+        remedy = {
+            "rejected": "set data_format: prompt_completion and columns: {completion: chosen}",
+            "undesired": "give rows with desired answers alone",
+        }[bad]
+        raise ConfigError(
+            f"objective {objective.name!r} on {data.format!r} rows would imitate the {bad} answers too; {remedy}. In a sum give "
+            f"sft rows='chosen'; where both kinds are meant, rows='all' (objective_args: {{rows: all}})"
+        )
+    kept = any(term.rows == "chosen" for term in objective.terms)
+    if bad is None and kept and not any(term.prefers for term in objective.terms):
+        raise ConfigError(
+            f"objective {objective.name!r} keeps a term to the chosen rows (rows='chosen'), and {data.format!r} rows have none; "
+            f"give preference or unpaired rows, or drop rows"
+        )
+
+
+def check_tokens(config: Config, tokenizer: Any) -> None:
+    """Refuse ids that the tokenizer does not have: they would never end an answer."""
+    known = max(tokenizer.get_vocab().values())
+    for name in ("stop_token_ids", "end_token_ids"):
+        for token in getattr(config, name):
+            if token > known:
+                raise ConfigError(
+                    f"{name} holds {token}, and the ids of the tokenizer end at {known}, so it does nothing; correct it, or drop "
+                    f"{name}"
+                )
+
+
+def note_positions(config: Config, model: Any, data: Any, *, online: bool) -> None:
+    """Say once that rows are longer than what the model was made for: rotary positions go on, the model's sense may not."""
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if not isinstance(limit, int) or rope.get("rope_type", "default") != "default":
+        return
+    longest = max(len(e.prompt_ids) + max((len(c.ids) for c in e.completions), default=0) for e in data.examples)
+    if online:
+        longest = max(len(e.prompt_ids) for e in data.examples) + config.max_completion_length
+    if longest > limit:
+        logger.warning(
+            f"rows may have {longest} tokens and the model was made for max_position_embeddings={limit}; where it has not "
+            f"learned more, lower max_prompt_length (now {config.max_prompt_length}) or max_completion_length (now "
+            f"{config.max_completion_length})"
         )
 
 

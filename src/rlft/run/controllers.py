@@ -24,6 +24,7 @@ from rlft._terms import REFERENCE
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective, _exact_kl_loss, _sampled_kl_loss
 from rlft.run import guard
+from rlft.run.plan import steps_per_generation
 from rlft.source import OnlineSource
 from rlft.types import Batch, LossOutput
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Control",
     "after_step",
+    "before_step",
     "check",
     "describe",
     "load",
@@ -136,7 +138,7 @@ def check(config: Config, objective: Objective) -> None:
             f"kl_controller measures the KL on answers that the policy drew, and replay_probability="
             f"{config.replay_probability:g} gives others; drop one of them"
         )
-    steps = (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
+    steps = steps_per_generation(config)
     if found[0].measured == STEP_KL and steps * config.num_iterations == 1 and kind != "fixed":
         raise ConfigError(
             f"kl_controller would measure 0 at every step: beta of objective {objective.name!r} weighs the KL to the policy "
@@ -200,9 +202,20 @@ def _answers(trainer: Trainer, weight: Weight) -> int:
     return (p.draws if once_per_generation else p.groups_per_step) * n
 
 
+def before_step(trainer: Trainer) -> None:
+    """Forget what was measured outside a step, by a callback that prepared a batch, say."""
+    if trainer.kl_control is not None:
+        trainer.kl_control.reset()
+
+
+def _measuring(trainer: Trainer) -> Control | None:
+    """The controller, where what is computed now belongs to a training step."""
+    return None if trainer.evaluating else trainer.kl_control
+
+
 def observe(trainer: Trainer, batch: Batch, outputs: Mapping[str, Tensor], results: Sequence[LossOutput]) -> None:
     """Measure the KL on one micro-batch of a step."""
-    control = trainer.kl_control
+    control = _measuring(trainer)
     if control is None or control.weight.place == "reward":
         return
     name, rows = control.weight.measured, batch.mask.any(-1)
@@ -219,14 +232,15 @@ def observe(trainer: Trainer, batch: Batch, outputs: Mapping[str, Tensor], resul
 
 
 def observe_reward(trainer: Trainer, batch: Batch) -> None:
-    """Log, and measure, the KL that is about to be taken off the rewards of a generation."""
+    """Log the KL that is about to be taken off the rewards, and in a training step measure it."""
     assert batch.old_logps is not None
     assert batch.ref_logps is not None
     rows = batch.mask.any(-1)
     values = reduce.sequence_sum((batch.old_logps - batch.ref_logps).where(batch.mask, 0.0), batch.mask)
     trainer.metrics.add(REFERENCE_KL, values, rows)
-    if trainer.kl_control is not None and trainer.kl_control.weight.place == "reward":
-        trainer.kl_control.add(values, rows, int(rows.sum()))
+    control = _measuring(trainer)
+    if control is not None and control.weight.place == "reward":
+        control.add(values, rows, int(rows.sum()))
 
 
 def after_step(trainer: Trainer) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from rlft import checkpoint, reduce
 from rlft._failpoint import instant
 from rlft.metrics import MetricSums
-from rlft.run import online, pairwise, parts, setup
+from rlft.run import guard, meeting, micro, online, pairwise, parts, setup
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -28,20 +29,18 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     """
     data = trainer.eval_data
     if dataset is not None:
-        rows = parts.load(trainer.config, "eval_data", dataset)
+        rows = parts.load(replace(trainer.config, eval_dataset_config=None), "eval_data", dataset)  # that is of eval_data
         data = parts.tokenized(trainer.config, rows, trainer.tokenizer, online=trainer.online)
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
     kept, rng = trainer.metrics, checkpoint.rng_state()
-    unscored = trainer.unscored_steps
-    trainer.metrics = MetricSums()
+    trainer.metrics, trainer.evaluating = MetricSums(), True
     try:
-        mine = data.examples[trainer.rank :: trainer.world_size]
         with torch.no_grad(), instant("train.evaluate"):
-            (_online if trainer.online else _offline)(trainer, mine)
+            (_online if trainer.online else _offline)(trainer, data.examples)
         values = setup.gather_metrics(trainer.accelerator, trainer.metrics)
     finally:
-        trainer.metrics, trainer.unscored_steps = kept, unscored
+        trainer.metrics, trainer.evaluating = kept, False
         checkpoint.set_rng_state(*rng)
     if "loss" in values and trainer.objective.name == "sft":
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
@@ -50,6 +49,11 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
 
 def _online(trainer: Trainer, examples: list[Any]) -> None:
     """Greedy answers, one per prompt: their rewards, or how often a judge prefers them to the reference's."""
+    with guard.together(trainer):
+        _greedy(trainer, examples[trainer.rank :: trainer.world_size])
+
+
+def _greedy(trainer: Trainer, examples: list[Any]) -> None:
     for start in range(0, len(examples), _prompts_at_once(trainer)):
         chunk = examples[start : start + _prompts_at_once(trainer)]
         sampled = trainer.sampler.sample(
@@ -75,28 +79,54 @@ def _online(trainer: Trainer, examples: list[Any]) -> None:
 
 def _offline(trainer: Trainer, examples: list[Any]) -> None:
     """The objective's metrics and mean loss, and how often the raw likelihood prefers the chosen answer."""
-    from rlft.data import collate
+    batches = (_as_one_step if trainer.objective.normalises_step else _batches)(trainer, examples)
+    with guard.together(trainer):
+        for batch in batches:
+            trainer.poll()
+            _measure(trainer, batch)
 
-    size = trainer.config.per_device_eval_batch_size
-    pair_rewards = tuple(trainer.config.pair_rewards) if trainer.config.pair_rewards else None
-    for start in range(0, len(examples), size):
-        trainer.poll()
-        chunk = examples[start : start + size]
-        if "kl_baseline" in trainer.objective.needs and len(chunk) < 2:
-            continue
-        batch = collate(chunk, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards)
-        batch = setup.with_columns(batch, chunk, trainer.objective).to(trainer.device)
-        batch = trainer.ref_logps.fill(batch, chunk)
-        batch = trainer.objective.prepare(online.fill_constants(trainer, batch, alone=True))
-        outputs = trainer.forward(batch, trainer._wanted(batch))
-        _, results = trainer.objective.compute(outputs, batch, trainer.objective.denominators(batch))
-        for term, result in zip(trainer.objective.terms, results, strict=True):
-            counted = result.counted
-            name = "loss" if len(results) == 1 else f"loss/{term.name}"
-            trainer.metrics.add(name, result.loss.detach(), counted)
-            trainer.metrics.add_output(result, batch.mask)
-        if trainer.train_data.format == "preference" and "logps" in outputs:
-            _preference(trainer, outputs, batch, implicit=not any("rewards/accuracies" in r.metrics for r in results))
+
+def _measure(trainer: Trainer, batch: Batch) -> None:
+    outputs = trainer.forward(batch, trainer._wanted(batch))
+    _, results = trainer.objective.compute(outputs, batch, trainer.objective.denominators(batch))
+    for term, result in zip(trainer.objective.terms, results, strict=True):
+        counted = result.counted
+        name = "loss" if len(results) == 1 else f"loss/{term.name}"
+        trainer.metrics.add(name, result.loss.detach(), counted)
+        trainer.metrics.add_output(result, term.mask(batch))
+    if trainer.train_data.format == "preference" and "logps" in outputs:
+        _preference(trainer, outputs, batch, implicit=not any("rewards/accuracies" in r.metrics for r in results))
+
+
+def _chunks(trainer: Trainer, examples: list[Any]) -> list[list[Any]]:
+    """The examples of this process, by the batch."""
+    mine, size = examples[trainer.rank :: trainer.world_size], trainer.config.per_device_eval_batch_size
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def _batches(trainer: Trainer, examples: list[Any]) -> Iterator[Batch]:
+    """The examples of this process, with what the objective needs before its forward pass."""
+    for chunk in _chunks(trainer, examples):
+        if len(chunk) > 1 or "kl_baseline" not in trainer.objective.needs:
+            yield trainer.objective.prepare(_filled(trainer, chunk))
+
+
+def _as_one_step(trainer: Trainer, examples: list[Any]) -> Iterator[Batch]:
+    """The same where rows are compared with all others, so that the held-out set is one step. Collective.
+
+    Mean and variance are over all of it, whatever the batch size and number of processes. A process without a row of its
+    own still has to meet the others.
+    """
+    with guard.together(trainer):
+        rows = [_filled(trainer, chunk).to("cpu") for chunk in _chunks(trainer, examples)]
+        whole = Batch.concat(rows) if rows else micro.blank(_filled(trainer, examples[:1]).to("cpu"))
+    prepared = trainer.objective.prepare(whole, meeting.everyone(trainer))
+    pieces = prepared.split_groups(trainer.config.per_device_eval_batch_size) if rows else []
+    return (batch.to(trainer.device) for batch in pieces)
+
+
+def _filled(trainer: Trainer, examples: list[Any]) -> Batch:
+    return online.fill_constants(trainer, setup.collated(trainer, examples), alone=True)
 
 
 def _preference(trainer: Trainer, outputs: Mapping[str, torch.Tensor], batch: Batch, *, implicit: bool) -> None:

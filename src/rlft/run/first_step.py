@@ -7,7 +7,8 @@ and fresh samples have importance ratio 1. After it: a trained tensor moved, and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from rlft.types import Batch
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["FirstStep", "fingerprint", "watch"]
+__all__ = ["FirstStep", "fingerprint", "modules_of", "watch"]
 
 _WORD, _BLOCK = 8, 1024
 #: Largest distance of an importance ratio from 1 on fresh samples: float32 and better, and the mean below that.
@@ -27,8 +28,8 @@ RATIO, ROUGH_RATIO = 1e-4, 0.05
 
 
 def watch(trainer: Trainer) -> FirstStep | None:
-    """A watch over the first step that moves the weights; None where both of its checks are off."""
-    names = [name for name in ("first_step", "on_policy") if trainer.config.checks_itself(name)]
+    """A watch over the first step that moves the weights; None where all of its checks are off."""
+    names = [name for name in ("first_step", "gradients", "on_policy") if trainer.config.checks_itself(name)]
     return FirstStep(trainer) if names else None
 
 
@@ -49,6 +50,7 @@ class FirstStep:
         started = time.perf_counter()
         # sharded weights and gradients are not whole on any process
         self.tensors = self.whole and not guard.sharded(trainer)
+        self.gradients = trainer.config.checks_itself("gradients") and not guard.sharded(trainer)
         self.frozen = self._fingerprints(frozen=True) if self.tensors else {}
         self.trained = self._fingerprints(frozen=False) if self.tensors else {}
         self._reset()
@@ -95,10 +97,14 @@ class FirstStep:
 
     def _counts_of(self, batch: Batch) -> Tensor:
         """What each term divides by, counted here from the mask and not by the objective."""
-        mask = batch.mask.detach().cpu()
-        alive = mask.sum(-1) > 0
+        everything = batch.mask.detach().cpu()
+        labels = batch.labels
         counts = []
         for term in self.trainer.objective.terms:
+            mask = everything
+            if term.rows == "chosen":
+                mask = everything[0::2] if labels is None else everything[labels.cpu()]
+            alive = mask.sum(-1) > 0
             if term.reduction == "mean":
                 count = (alive[0::2] & alive[1::2]).sum() if term.per_pair else alive.sum()
             else:
@@ -147,7 +153,7 @@ class FirstStep:
             total = self._over_processes(self.counts)
             if self.seen:  # an override of compute_loss may not tell
                 said = said or self._wrong_count(total, "its losses saw")
-        if self.tensors:
+        if self.gradients:
             said = said or self._without_gradient()
         guard.agree(self.trainer, said)
         self.spent += time.perf_counter() - started
@@ -170,15 +176,17 @@ class FirstStep:
         return None
 
     def _without_gradient(self) -> str | None:
-        named = [(name, p) for name, p in self.trainer.policy.named_parameters() if p.requires_grad]
-        missing = [name for name, p in named if p.grad is None]
+        named = {name: p for name, p in self.trainer.policy.named_parameters() if p.requires_grad}
+        missing = [name for name, p in named.items() if p.grad is None]
         if not missing:
             return None
+        places = modules_of(missing, named)
         return selfcheck.failed(
-            "first_step",
-            f"every trained tensor should have a gradient, but {len(missing)} of {len(named)} have none ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); likely causes: an adapter that is not active, layers that the text path "
-            f"does not use, or a detached output. Freeze what should not train (requires_grad_(False)), or activate the adapter",
+            "gradients",
+            f"every trained tensor should have a gradient, but {len(missing)} of {len(named)} have none ({', '.join(places[:5])}"
+            f"{', ...' if len(places) > 5 else ''}); likely causes: layers that the text path does not use (of images, say), an "
+            f"adapter that is not active, or a detached output. Freeze what should not train before the Trainer is built "
+            f"(requires_grad_(False)), train adapters (use_peft: true), or activate the adapter",
         )
 
     def after_update(self, *, moved: bool) -> bool:
@@ -226,6 +234,31 @@ class FirstStep:
                 f"Raise learning_rate, or leave the optimizer out",
             )
         return None
+
+
+def modules_of(missing: Sequence[str], trained: Iterable[str]) -> list[str]:
+    """Tensors by name, those of a module that has no other trained ones under the module's.
+
+    Args:
+        missing: names of tensors, as ``named_parameters`` gives them.
+        trained: names of all trained ones, those among them.
+
+    Returns:
+        ``model.vision_tower (152 tensors)``, or the name of a tensor that stands alone.
+    """
+    total = Counter(part for name in trained for part in _parts(name))
+    without = Counter(part for name in missing for part in _parts(name))
+    found: dict[str, None] = {}
+    for name in missing:
+        part = next(part for part in _parts(name) if total[part] == without[part])
+        found[name if total[part] == 1 else f"{part} ({total[part]} tensors)"] = None
+    return list(found)
+
+
+def _parts(name: str) -> list[str]:
+    """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
+    words = name.split(".")
+    return [".".join(words[: depth + 1]) for depth in range(len(words))]
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rlft.errors import TrainingError
+from rlft.rewards import RewardError
+from rlft.run import meeting
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -24,9 +26,11 @@ __all__ = [
     "explained",
     "lost_peer",
     "not_finite",
+    "of_inputs",
     "poisoned",
     "sharded",
     "skips",
+    "together",
     "told",
     "undo_for",
 ]
@@ -61,13 +65,29 @@ def agree(trainer: Trainer, failure: str | None) -> None:
     Raises:
         TrainingError: on all processes, where any found something.
     """
-    if trainer.world_size > 1:
-        found = torch.tensor([float(failure is not None)], device=trainer.device)
-        if float(trainer.accelerator.reduce(found, reduction="sum")) and failure is None:
-            failure = f"step {trainer.step + 1}: another process stopped the run; see its own error"
-    if failure is not None:
+    try:
+        with together(trainer):
+            if failure is not None:
+                raise TrainingError(failure)
+    except TrainingError:
         trainer.optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(failure)
+        raise
+
+
+def together(trainer: Trainer, kind: type[Exception] = TrainingError) -> contextlib.AbstractContextManager[None]:
+    """Work that each process of a run does for itself: where it fails on one, all stop. See :func:`meeting.together`.
+
+    Args:
+        trainer: the run; its ``failures`` say what there was.
+        kind: of error on the processes whose own work went well.
+    """
+    return meeting.together(trainer.accelerator, kind, at=f"step {trainer.step + 1}: ", found=trainer.failures)
+
+
+def of_inputs(trainer: Trainer, error: Exception) -> bool:
+    """Whether rewards or data stopped the run, and nothing else on any process; the same answer on all of them."""
+    kinds = set(trainer.failures.kinds)
+    return bool(kinds) and kinds <= {"RewardError", "DataError"} and isinstance(error, (RewardError, TrainingError))
 
 
 def sharded(trainer: Trainer) -> bool:
@@ -84,7 +104,7 @@ def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") ->
         setting: the batch size that the memory depends on.
 
     Raises:
-        TrainingError: out of memory.
+        TrainingError: out of memory, or trained tensors without a gradient on several processes.
         BadBatchError: tensors that the objective refuses.
     """
     try:
@@ -95,6 +115,12 @@ def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") ->
         if isinstance(error, ValueError) and not own:
             raise BadBatchError(
                 f"step {trainer.step + 1}: {error} (the step was not applied; the weights are those of step {trainer.step})"
+            ) from error
+        if "finished reduction in the prior iteration" in str(error):  # DistributedDataParallel's
+            raise TrainingError(
+                f"step {trainer.step + 1}: trained tensors got no gradient, and the processes of a run wait for every one. Freeze "
+                f"what the forward pass does not use before the Trainer is built (requires_grad_(False)), or set self_checks: "
+                f"{{gradients: false}}, which lets them be; with that check on, a run names them at its first step"
             ) from error
         if _out_of_memory(error) and not own:
             raise TrainingError(_memory_message(trainer, setting, error)) from error
@@ -109,9 +135,9 @@ def lost_peer(trainer: Trainer, error: BaseException) -> None:
     """
     words, cause = "", error
     while cause is not None:
-        words += f"{cause} "
+        words += f"{cause} " if isinstance(cause, RuntimeError) else ""  # torch's; others are of a server or a file
         cause = cause.__cause__
-    own = isinstance(error, TrainingError)
+    own = isinstance(error, (TrainingError, RewardError))
     if trainer.world_size > 1 and not own and any(sign in words.lower() for sign in _GONE):
         raise TrainingError(
             f"step {trainer.step + 1}: process {trainer.rank} of {trainer.world_size} lost contact with another one, which "

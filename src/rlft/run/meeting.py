@@ -1,9 +1,11 @@
-"""The start of a run on several processes: they meet, or one of them says why not."""
+"""Several processes of a run: they meet, or one of them says why not; what stops one of them stops all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,12 @@ from rlft.errors import TrainingError
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["SECONDS", "everyone", "meet"]
+__all__ = ["SECONDS", "Failures", "everyone", "meet", "same", "texts", "together"]
 
 #: How long processes wait for each other at the start.
 SECONDS = 50
+#: Characters of an error that the other processes are told.
+_TOLD = 2000
 
 
 def meet() -> None:
@@ -67,6 +71,104 @@ def everyone(trainer: Trainer) -> Everyone | None:
         return every.to(values.device), slice(first, first + len(own))
 
     return gather
+
+
+class Failures:
+    """What :func:`together` found.
+
+    Attributes:
+        kinds: names of the exceptions, one for each process that failed; empty while none has.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def together(
+    accelerator: Any, kind: type[Exception] = TrainingError, *, at: str = "", found: Failures | None = None
+) -> Iterator[None]:
+    """Work that each process does for itself, and that may fail on one alone: then it ends on all of them.
+
+    A process that stops by itself leaves the others waiting for it, at best until it is gone. Here they wait at the end of
+    the work, and hear what happened. Inside, nothing may wait for another process. Collective at its end.
+
+    Args:
+        accelerator: of the run.
+        kind: of error on the processes whose own work went well.
+        at: begins their message, such as ``"step 3: "``.
+        found: is told which exceptions there were.
+
+    Raises:
+        Exception: the process's own, where it failed; else ``kind`` with the words of the first process that did.
+    """
+    own: Exception | None = None
+    if found is not None:
+        found.kinds = ()
+    try:
+        yield
+    except Exception as error:
+        own = error
+    try:
+        said = _failures(accelerator, own)
+        if found is not None:
+            found.kinds = tuple(text.partition(":")[0] for text in said if text)
+        if own is not None:
+            raise own
+        if any(said):
+            rank = next(rank for rank, text in enumerate(said) if text)
+            raise kind(f"{at}another process stopped the run: process {rank} of {len(said)} says: {said[rank]}")
+    finally:
+        own = None  # its traceback holds this frame, which would hold it
+
+
+def _failures(accelerator: Any, own: Exception | None) -> list[str]:
+    """Kind and words of what every process met, "" where all went well; nothing at all where that is so on all."""
+    words = "" if own is None else f"{type(own).__name__}: {str(own)[:_TOLD]}"
+    if accelerator.num_processes == 1:
+        return [words]
+    failed = torch.tensor([float(own is not None)], device=accelerator.device)
+    try:
+        return texts(accelerator, words) if float(accelerator.reduce(failed, reduction="sum")) else []
+    except Exception:
+        if own is None:
+            raise
+        return [words]  # the others are gone already: what was wrong here says more
+
+
+def same(accelerator: Any, facts: Mapping[str, str], *, remedy: str) -> None:
+    """Refuse a run whose processes do not agree on what it is. Collective.
+
+    Args:
+        accelerator: of the run.
+        facts: what to compare -> what this process has, both as one line for a person; the same names everywhere.
+        remedy: what to do about it.
+
+    Raises:
+        ValueError: on every process, where one has other facts than the first.
+    """
+    if accelerator.num_processes == 1:
+        return
+    ours = "\n".join(f"{name}: {value}" for name, value in facts.items())
+    said = texts(accelerator, ours)
+    for rank, theirs in enumerate(said):
+        if theirs != said[0]:
+            pairs = zip(said[0].splitlines(), theirs.splitlines(), strict=True)
+            one, other = next(pair for pair in pairs if pair[0] != pair[1])
+            name, _, value = one.partition(": ")
+            raise ValueError(
+                f"the processes of a run must agree, but process {rank} has another {name} than process 0: "
+                f"{other.partition(': ')[2]}, not {value}. {remedy}"
+            )
+
+
+def texts(accelerator: Any, own: str) -> list[str]:
+    """What every process says, in the order of their ranks. Collective; as bytes, so that nothing is unpickled."""
+    data = torch.tensor(list(own.encode("utf-8", "replace")), dtype=torch.uint8, device=accelerator.device)
+    counts = accelerator.gather(torch.tensor([len(data)], device=accelerator.device)).tolist()
+    padded = torch.nn.functional.pad(data, (0, max(1, *counts) - len(data)))
+    rows = accelerator.gather(padded).view(len(counts), -1).cpu()
+    return [bytes(row[:count].tolist()).decode("utf-8", "replace") for row, count in zip(rows, counts, strict=True)]
 
 
 def _rendezvous() -> tuple[tuple[Any, int, int] | None, Exception | None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlft.models.layout import LayoutUsed
+from rlft.run import display
 from rlft.run.floor import Device, ModelCost, device_named, model_cost
 
 if TYPE_CHECKING:
@@ -65,9 +66,20 @@ class Meter:
             trainer.policy.around_reference(lambda: self.phase("reference"))
         if self.device.type == "cuda":
             self._mark("other")
-            self._peak = device_named(torch.cuda.get_device_name(self.device))
-            if self._peak is not None and hasattr(trainer.policy, "reference_kind"):
+            name = torch.cuda.get_device_name(self.device)
+            self._peak = device_named(name)
+            if hasattr(trainer.policy, "reference_kind"):
                 self._cost = model_cost(trainer.policy, mixed_precision=trainer.config.mixed_precision)
+                if unknown := self._unknown(name):
+                    display.note(trainer, f"meter/mfu and meter/fraction_of_floor are left out: {unknown}")
+
+    def _unknown(self, name: str) -> str | None:
+        """What is missing for a comparison with what the device could do; None where nothing is."""
+        if self._peak is None:
+            return f"what a {name!r} can do at most is not in the table (rlft.run.floor.DEVICES)"
+        if self._cost is None:
+            return "how many operations this model takes is not known (experts, or quantised weights)"
+        return None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

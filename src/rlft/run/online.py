@@ -16,7 +16,7 @@ from rlft._failpoint import instant
 from rlft._terms import BEHAVIOUR, REFERENCE
 from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
-from rlft.run import controllers, guard, pairwise, pairwise_rules, setup, watchdog
+from rlft.run import controllers, guard, pairwise, pairwise_rules, setup, tally, watchdog
 from rlft.run import old_logps as _old_logps
 from rlft.source import OnlineSource
 from rlft.types import Batch
@@ -33,11 +33,10 @@ __all__ = [
     "rollout",
     "score",
     "to_batch",
+    "trainer_state",
     "watch_flips",
 ]
 
-#: Generations in a row with nothing but equal rewards after which the log says so.
-EQUAL_STEPS = 10
 #: Share of answers with A > 2 beta above which the likelihood-ratio term is said to push the wrong way.
 FLIP_SHARE = 0.1
 #: Columns that are handed to reward functions under names of their own, or are no data of theirs.
@@ -93,7 +92,7 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
         sampled, rewards = trainer.replay.mix(examples, sampled, rewards, seed=seed)
     _record_samples(trainer, sampled, rewards, n)
     batch = to_batch(trainer, examples, sampled, rewards)
-    _watch_masked(trainer, batch)
+    tally.masks(trainer, batch.mask)
     return pairwise.complete(trainer, examples, sampled, batch, seed=seed)
 
 
@@ -127,7 +126,9 @@ def score_rollout(trainer: Trainer, repeated: Sequence[Any], sampled: Rollout, *
         trainer.metrics.add(f"{prefix}rewards/{name}/mean", values, seen)
         if int(seen.sum()) > 1:
             trainer.metrics.add(f"{prefix}rewards/{name}/std", values[seen].std(), None)
-    _watch_unscored(trainer, output.rewards)
+    tally.scores(trainer, output.rewards)
+    unscored = output.rewards.isnan().double()
+    trainer.metrics.add("rewards/unscored_fraction", unscored.mean() if len(unscored) else 0.0)
     return output.rewards
 
 
@@ -141,8 +142,15 @@ def score(
         completions=list(completions),
         completion_ids=[list(ids) for ids in completion_ids],
         columns=columns(examples),
-        trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
+        trainer_state=trainer_state(trainer),
         poll=trainer.poll,
+    )
+
+
+def trainer_state(trainer: Trainer) -> SimpleNamespace:
+    """What a reward function or judge may ask for as ``trainer_state``."""
+    return SimpleNamespace(
+        global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=not trainer.evaluating
     )
 
 
@@ -311,29 +319,7 @@ def _record_rewards(trainer: Trainer, rewards: Tensor, n: int) -> None:
     usable = counts > 1
     trainer.metrics.add("reward_std", spread, usable)
     trainer.metrics.add("frac_reward_zero_std", (spread == 0).double(), usable)
-    _watch_equal(trainer, (spread == 0) & usable, usable)
-
-
-def _watch_equal(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
-    """Groups whose answers all earn the same have no advantage: said once, and once more when it goes on."""
-    count, groups = int(equal.sum()), int(usable.sum())
-    trainer.equal_steps = trainer.equal_steps + 1 if groups and count == groups else 0
-    if not count or trainer.objective.min_group < 2:  # without a baseline from siblings, equal rewards still teach
-        return
-    guard.told(
-        trainer,
-        "equal",
-        f"step {trainer.step + 1}: {count} of {groups} groups earn equal rewards, so their advantage is 0 "
-        f"(frac_reward_zero_std counts them; dynamic_sampling: true draws others)",
-    )
-    if trainer.equal_steps == EQUAL_STEPS:
-        guard.told(
-            trainer,
-            "all equal",
-            f"step {trainer.step + 1}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
-            f"teach nothing; look at a printed answer (log_completions), use easier or harder prompts, more "
-            f"num_generations (now {trainer.config.num_generations}), or dynamic_sampling: true",
-        )
+    tally.spreads(trainer, spread == 0, usable)
 
 
 def watch_flips(trainer: Trainer, values: Mapping[str, float]) -> None:
@@ -347,35 +333,6 @@ def watch_flips(trainer: Trainer, values: Mapping[str, float]) -> None:
             f"there the likelihood-ratio term of {trainer.objective.name!r} outweighs the rest and lowers the probability of "
             f"good answers. Set lr_coef: 0 (or agro_off_policy), or raise beta (now {trainer.objective.beta:g})",
         )
-
-
-def _watch_masked(trainer: Trainer, batch: Batch) -> None:
-    alive = batch.mask.any(-1)
-    trainer.all_masked = not bool(alive.any())
-    if not bool(alive.all()):
-        guard.told(
-            trainer,
-            "masked",
-            f"step {trainer.step + 1}: {int((~alive).sum())} of {batch.num_rows} answers have no token to train on "
-            f"(no end within max_completion_length={trainer.config.max_completion_length}) and contribute 0; "
-            f"completions/clipped_ratio counts them",
-        )
-
-
-def _watch_unscored(trainer: Trainer, rewards: Tensor) -> None:
-    unscored = int(torch.isnan(rewards).sum())
-    if unscored == rewards.numel():
-        trainer.unscored_steps += 1
-        if trainer.unscored_steps >= trainer.config.max_unscored_steps:
-            raise TrainingError(
-                f"step {trainer.step + 1}: no answer was scored for {trainer.unscored_steps} steps in a row "
-                f"(every reward was None); check the reward functions on one printed answer (log_completions)"
-            )
-    else:
-        trainer.unscored_steps = 0
-    trainer.metrics.add(
-        "rewards/unscored_fraction", torch.tensor(unscored / max(1, rewards.numel()), dtype=torch.float64), None
-    )
 
 
 def _without_end(trainer: Trainer, ids: Sequence[int]) -> list[int]:

@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlft.config import Config, ConfigError
-from rlft.errors import TrainingError
 from rlft.objective import Objective
 from rlft.rewards import RewardError, RewardOutput
 from rlft.rollout import Rollout, Sampler, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
-from rlft.run import guard
+from rlft.run import guard, tally
 from rlft.run.pairwise_rules import plays, wants_pairs
 from rlft.types import Batch
 
@@ -243,7 +241,7 @@ def _play(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Ba
         trainer.metrics.add("judge/opponent_reward", against.double(), ~against.isnan())
     else:
         won = compare(trainer, repeated, sampled, theirs, seed=other)
-        _watch_unanswered(trainer, won)
+        _note_unanswered(trainer, won)
     lengths = torch.tensor([float(len(ids)) for ids in theirs.completion_ids], dtype=torch.float64)
     trainer.metrics.add("judge/opponent_length", lengths, None)
     answered = ~won.isnan()
@@ -297,19 +295,13 @@ def _round_robin(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, us
         )
         p, i, j = (torch.tensor(column) for column in zip(*meetings, strict=True))
         wins[p, i, j], wins[p, j, i] = won, 1 - won
-        _watch_unanswered(trainer, won)
+        _note_unanswered(trainer, won)
     return wins
 
 
-def _watch_unanswered(trainer: Trainer, won: Tensor) -> None:
-    """Count comparisons without an answer; generations in a row without any stop the run."""
+def _note_unanswered(trainer: Trainer, won: Tensor) -> None:
     trainer.metrics.add("judge/unanswered", won.isnan().double(), None)
-    trainer.unscored_steps = trainer.unscored_steps + 1 if bool(won.isnan().all()) else 0
-    if trainer.unscored_steps >= trainer.config.max_unscored_steps:
-        raise TrainingError(
-            f"step {trainer.step + 1}: the judge had no answer for {trainer.unscored_steps} steps in a row (it returned None "
-            f"for every two answers); call it on two texts by hand"
-        )
+    tally.scores(trainer, won)
 
 
 def _ask(
@@ -347,7 +339,7 @@ def _called(
         completions=list(first),
         completion_ids=[list(row) for row in ids],
         columns={**columns, "opponents": list(second)},
-        trainer_state=SimpleNamespace(global_step=trainer.step, max_steps=trainer.plan.total_steps, is_training=True),
+        trainer_state=online.trainer_state(trainer),
         poll=trainer.poll,
     )
 

@@ -41,7 +41,7 @@ __all__ = [
 
 
 def accelerator_for(config: Config) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if config.mixed_precision == "fp16":  # the loss scale would never be updated
         raise ConfigError(
@@ -49,9 +49,33 @@ def accelerator_for(config: Config) -> Any:
         )
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'no'")
+    missing = [t for t in config.report_to if t != "tensorboard" and t in _TRACKERS and not _importable(_TRACKERS[t])]
+    if missing:
+        raise ConfigError(
+            f"report_to={config.report_to} needs {_TRACKERS[missing[0]]}, which is not installed, so nothing would be reported; "
+            f"install it, or drop {missing[0]!r}"
+        )
     meeting.meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
-    return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=config.output_dir)
+    # DistributedDataParallel waits for the gradient of every trained tensor, unless it looks first which are used
+    unused: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if config.unused_weights else []
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=trackers or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=unused,
+    )
+
+
+#: Trackers of accelerate, by the package that each is.
+_TRACKERS = {
+    "aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow", "swanlab": "swanlab",
+    "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+
+
+def _importable(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def load(config: Config, name: str, given: Any) -> Any:
@@ -59,7 +83,13 @@ def load(config: Config, name: str, given: Any) -> Any:
     from rlft.data import load_rows
 
     source = _expanded(name, given if given is not None else getattr(config, name))
-    return load_rows(source, columns=config.columns or None) if source is not None else None
+    part = _configuration(config, name, source)
+    try:
+        return load_rows(source, columns=config.columns or None, name=part) if source is not None else None
+    except ValueError as error:
+        if name == "train_data":
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
@@ -100,7 +130,32 @@ def _stream(config: Config, given: Any) -> Any:
     source = _expanded("train_data", given if given is not None else config.train_data)
     if source is None:
         raise ConfigError("train_data is missing; give a path, an iterable of rows, or a function that returns one")
-    return stream_rows(source, columns=config.columns or None)
+    return stream_rows(source, columns=config.columns or None, name=_configuration(config, "train_data", source))
+
+
+def _configuration(config: Config, name: str, source: Any) -> str | None:
+    """Which configuration of a hub dataset is meant; refused where the source has none.
+
+    Raises:
+        ConfigError: for files, folders and rows in memory.
+    """
+    from rlft.data.hub import is_hub_name
+
+    setting = {"train_data": "dataset_config", "eval_data": "eval_dataset_config"}[name]
+    value = getattr(config, setting)
+    listed = source if isinstance(source, list) and source else [source]
+    if value is None or all(is_hub_name(item) for item in listed):
+        return value
+    paths = all(isinstance(item, (str, Path)) for item in listed)
+    what = (
+        f"{name} is not given"
+        if source is None
+        else f"{name}={source!r} names no hub dataset"
+        if paths
+        else "rows are given in memory"
+    )
+    remedy = f"; drop it, or name the sub-folder in {name}" if paths else "; drop it"
+    raise ConfigError(f"{setting}={value!r} does nothing: {what}, and only those have configurations{remedy}")
 
 
 def _expanded(name: str, paths: Any) -> Any:
@@ -157,6 +212,7 @@ def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any
         format=form,
         max_bad_fraction=config.max_bad_fraction,
         separator=config.separator,
+        workers=config.dataloader_num_workers,
         **streamed,
     )
 
@@ -214,16 +270,24 @@ def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objecti
         source = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
                   "bos_token_id": tokenizer.bos_token_id, **source}  # fmt: skip
     load = models.load_sequence_classifier if "scores" in objective.needs else models.load_causal_lm
-    return load(
-        source,
-        dtype=config.dtype,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        seed=config.seed,
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-    )
+    try:
+        return load(
+            source,
+            dtype=config.dtype,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+            seed=config.seed,
+            load_in_4bit=config.load_in_4bit,
+            load_in_8bit=config.load_in_8bit,
+        )
+    except ImportError as error:
+        if config.attn_implementation is None or config.load_in_4bit or config.load_in_8bit:
+            raise
+        raise ConfigError(
+            f"attn_implementation={config.attn_implementation!r} cannot be used here: {str(error).rstrip('.')}; install it, or "
+            f"drop attn_implementation"
+        ) from error
 
 
 def lora_settings(config: Config, given: Any) -> Any:

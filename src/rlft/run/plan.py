@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "plan", "steps_per_generation"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Plan:
     steps_per_epoch: int | None
 
 
+def steps_per_generation(config: Config) -> int:
+    """Optimizer steps that one pass over a generation feeds."""
+    return (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
+
+
 def plan(
     config: Config, objective: Objective, examples: int | None, rows_per_example: int, world: int, *, online: bool
 ) -> Plan:
@@ -50,9 +55,9 @@ def plan(
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if online:
         n = config.num_generations
-        micro_steps = config.steps_per_generation or accumulation
-        draws = micro * micro_steps // n
-        updates = micro_steps // accumulation * config.num_iterations
+        steps = steps_per_generation(config)
+        draws = micro * steps * accumulation // n
+        updates = steps * config.num_iterations
         groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
         if pairwise_rules.wants_pairs(objective):
             # a pair is two rows; losses that compare all pairs of a step take them in one micro-batch

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft.checkpoint import CheckpointError
+from rlft.errors import TrainingError
 from rlft.run import display, guard, state
 from rlft.types import Batch
 
@@ -43,8 +44,10 @@ def before(trainer: Trainer) -> None:
     for name, check in CHECKS.items():
         if trainer.config.checks_itself(name):
             started = time.perf_counter()
-            said = check(trainer)
-            guard.agree(trainer, None if said is None else failed(name, said))
+            with guard.together(trainer):
+                said = check(trainer)
+                if said is not None:
+                    raise TrainingError(failed(name, said))
             spent[name] = time.perf_counter() - started
     if spent:
         parts = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in spent.items())

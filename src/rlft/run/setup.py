@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from rlft import recipes
 from rlft.config import Config, ConfigError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.run import display, micro, pairwise, pairwise_rules
-from rlft.run.checks import check_data, check_settings
+from rlft.run import display, guard, identity, meeting, micro, pairwise, pairwise_rules, tally
+from rlft.run.checks import check_data, check_settings, check_tokens, note_positions
 from rlft.run.parts import (
     accelerator_for,
     adamw,
@@ -37,7 +37,7 @@ from rlft.types import Batch
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["Parts", "build", "gather_metrics", "objective", "source", "trust_step", "with_columns"]
+__all__ = ["Parts", "build", "collated", "gather_metrics", "objective", "source", "trust_step", "with_columns"]
 
 logger = logging.getLogger("rlft")
 
@@ -119,7 +119,7 @@ def build(
     optimizer: torch.optim.Optimizer | None,
 ) -> Parts:
     """Everything of a run, in the order that fails cheapest first: settings, rewards, data, then models."""
-    from rlft import models, rollout
+    from rlft import rollout
     from rlft.data import check_overlap
     from rlft.models.tokenizer import check_embedding
 
@@ -132,28 +132,70 @@ def build(
         raise ConfigError(f"optimizers does nothing: objective {objective.name!r} steps without one; drop it")
     accelerator = accelerator_for(config)
     source = model if model is not None else config.model
-    if source is None:
-        raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
-    train_rows, eval_rows, texts = load_data(config, train_dataset, eval_dataset)
-    tokenizer = tokenizer_for(config, tokenizer, source, texts)
-    train = tokenized(config, train_rows, tokenizer, online=online)
-    held_out = tokenized(config, eval_rows, tokenizer, online=online) if eval_rows is not None else None
-    check_data(config, objective, train, online=online)
-    if held_out is not None:
-        check_overlap(train.examples, held_out.examples)
-    rewards = rewards_for(config, specs, accelerator.device, tokenizer) if specs else None
-    judge = judge_for(config, judge) if judge is not None else None
-
-    with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
-        loaded = policy_model(config, source, tokenizer, objective)
-    check_embedding(tokenizer, loaded)
-    base = (
-        models.add_lora(loaded, lora_settings(config, peft_config))
-        if peft_config is not None or config.use_peft
-        else loaded
+    with meeting.together(accelerator, ValueError):
+        if source is None:
+            raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
+        train_rows, eval_rows, texts = load_data(config, train_dataset, eval_dataset)
+        tokenizer = tokenizer_for(config, tokenizer, source, texts)
+        check_tokens(config, tokenizer)
+        train = tokenized(config, train_rows, tokenizer, online=online)
+        held_out = tokenized(config, eval_rows, tokenizer, online=online) if eval_rows is not None else None
+        check_data(config, objective, train, online=online)
+        if held_out is not None:
+            check_overlap(train.examples, held_out.examples)
+        rewards = rewards_for(config, specs, accelerator.device, tokenizer) if specs else None
+        judge = judge_for(config, judge) if judge is not None else None
+        steps = plan(
+            config,
+            objective,
+            None if config.streaming else len(train.examples),
+            _rows_per_example(train),
+            accelerator.num_processes,
+            online=online,
+        )
+        with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
+            loaded = policy_model(config, source, tokenizer, objective)
+        check_embedding(tokenizer, loaded)
+        if accelerator.is_main_process:
+            note_positions(config, loaded, train, online=online)
+        policy = _policy(config, objective, loaded, peft_config, ref_model)
+        optimizer = optimizer or adamw(config, policy)
+    identity.check(accelerator, config, objective, train, held_out, policy)
+    wrapped, adam = accelerator.prepare(policy, optimizer)
+    with meeting.together(accelerator, ValueError):
+        if online and sampler is None:
+            sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
+        replay = None
+        if config.replay_probability:
+            replay = rollout.ReplayBuffer(config.replay_capacity, probability=config.replay_probability)
+        judged = judge is not None and held_out is not None
+        players = pairwise.players(config, objective, policy, tokenizer, judged=judged)
+    return Parts(
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        policy=policy,
+        model=wrapped,
+        optimizer=getattr(adam, "optimizer", adam),
+        train_data=train,
+        eval_data=held_out,
+        rewards=rewards,
+        judge=judge,
+        players=players,
+        sampler=sampler,
+        replay=replay,
+        plan=steps,
     )
+
+
+def _policy(config: Config, objective: Objective, loaded: Any, peft_config: Any, ref_model: Any) -> Any:
+    """The module that is trained: adapters, reference and critic as the settings say."""
+    from rlft import models
+
+    base = loaded
+    if peft_config is not None or config.use_peft:
+        base = models.add_lora(loaded, lora_settings(config, peft_config))
     if "scores" in objective.needs:
-        policy = models.RewardScorer(base)
+        policy: Any = models.RewardScorer(base)
     else:
         policy = models.Policy(
             base,
@@ -165,47 +207,19 @@ def build(
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     models.check_trainable(policy)
-    wrapped, adam = accelerator.prepare(policy, optimizer or adamw(config, policy))
-    if online and sampler is None:
-        sampler = rollout.make_sampler(config.sampler, policy.hf_model, tokenizer)
-    replay = None
-    if config.replay_probability:
-        replay = rollout.ReplayBuffer(config.replay_capacity, probability=config.replay_probability)
-    return Parts(
-        accelerator=accelerator,
-        tokenizer=tokenizer,
-        policy=policy,
-        model=wrapped,
-        optimizer=getattr(adam, "optimizer", adam),
-        train_data=train,
-        eval_data=held_out,
-        rewards=rewards,
-        judge=judge,
-        players=pairwise.players(
-            config, objective, policy, tokenizer, judged=judge is not None and held_out is not None
-        ),
-        sampler=sampler,
-        replay=replay,
-        plan=plan(
-            config,
-            objective,
-            None if config.streaming else len(train.examples),
-            _rows_per_example(train),
-            accelerator.num_processes,
-            online=online,
-        ),
-    )
+    return policy
 
 
 def source(trainer: Trainer) -> Source:
     """Where the trainer's micro-batches come from."""
-    from rlft.data import EpochSampler, StreamOrder, collate
+    from rlft.data import EpochSampler, StreamOrder
 
     c, p, data = trainer.config, trainer.plan, trainer.train_data
-    pad_id = trainer.tokenizer.pad_token_id
     order: Any
     if c.streaming:
-        order = StreamOrder(data.open(trainer.rank, trainer.world_size), p.draws)
+        # two blocks for each worker are the examples of two steps
+        block = -(-p.draws // max(1, c.dataloader_num_workers))
+        order = StreamOrder(data.open(trainer.rank, trainer.world_size, block=block, waiting=trainer.poll), p.draws)
     else:
         order = EpochSampler(
             len(data.examples),
@@ -236,15 +250,34 @@ def source(trainer: Trainer) -> Source:
             split,
             c.num_iterations,
             refill=Refill(p.draws * each, c.max_refills) if c.dynamic_sampling else None,
+            together=lambda: _generation(trainer),
         )
+    return OfflineSource(
+        order,
+        lambda indices: collated(trainer, data.pick(indices)),
+        lambda batch: trainer.prepare(batch),
+        split,
+        lambda: guard.together(trainer),
+    )
+
+
+@contextlib.contextmanager
+def _generation(trainer: Trainer) -> Iterator[None]:
+    """Around the sampling and scoring of a generation."""
+    trainer.tally = tally.Tally()
+    with guard.together(trainer):
+        yield
+    tally.settle(trainer)
+
+
+def collated(trainer: Trainer, examples: Sequence[Any]) -> Batch:
+    """Examples with answers as a batch on the device, with precomputed reference log-probs where there are some."""
+    from rlft.data import collate
+
+    c = trainer.config
     pair_rewards = tuple(c.pair_rewards) if c.pair_rewards else None
-
-    def make_batch(indices: Sequence[Any]) -> Batch:
-        examples = data.pick(indices)
-        batch = with_columns(collate(examples, pad_id=pad_id, pair_rewards=pair_rewards), examples, trainer.objective)
-        return trainer.ref_logps.fill(batch.to(trainer.device), examples)
-
-    return OfflineSource(order, make_batch, lambda batch: trainer.prepare(batch), split)
+    batch = collate(examples, pad_id=trainer.tokenizer.pad_token_id, pair_rewards=pair_rewards)
+    return trainer.ref_logps.fill(with_columns(batch, examples, trainer.objective).to(trainer.device), examples)
 
 
 def trust_step(trainer: Trainer) -> Any:

@@ -21,11 +21,11 @@ from rlft import checkpoint
 from rlft._failpoint import instant, within
 from rlft._files import disk_trouble, move, remove_tree, replace_file, sync_dir, sync_file
 from rlft._redact import redact
-from rlft.config import ConfigError
+from rlft.config import Config, ConfigError, digest_of
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
-from rlft.run import controllers, display
+from rlft.run import controllers, display, guard, meeting
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
@@ -210,15 +210,27 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
         Where its metrics log ended, in bytes; None when there is nothing to resume.
     """
     wish = trainer.config.resume if given is None else {True: "auto", False: "never"}.get(given, given)  # type: ignore[call-overload]
-    if wish == "never":
+    found = None
+    with guard.together(trainer):
+        if wish == "auto":
+            found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
+        elif wish != "never":
+            if not Path(wish).is_dir():
+                raise ConfigError(
+                    f"resume={str(wish)!r} is no folder; give 'auto', 'never', or a checkpoint such as {trainer.run_dir}/checkpoint-100"
+                )
+            found = checkpoint.load(wish, rank=trainer.rank)
+        if found is not None:
+            _check_same_run(trainer, found)
+    meeting.same(
+        trainer.accelerator,
+        {"checkpoint to go on from": "none" if found is None else f"{found.path.name} ({found.manifest.id})"},
+        remedy=f"All of them must see one folder: put output_dir (here {trainer.run_dir}) on a file system that they share",
+    )
+    if found is None:
         return None
-    if wish == "auto":
-        found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
-        if found is None:
-            return None
-    else:
-        found = checkpoint.load(wish, rank=trainer.rank)
-        if trainer.is_main:  # an older one was asked for: what came after it is another history
+    with guard.together(trainer):
+        if wish != "auto" and trainer.is_main:  # an older one was asked for: what came after it is another history
             if (trainer.run_dir / "model").exists():
                 remove_tree("export.newer", trainer.run_dir / "model")
             checkpoint.discard_newer(trainer.run_dir, found.step)
@@ -238,7 +250,6 @@ def seed(trainer: Trainer) -> None:
 
 
 def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
-    _check_same_run(trainer, found)
     if found.manifest.world_size != trainer.world_size:
         display.warn(
             trainer,
@@ -281,11 +292,16 @@ def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         )
     if found.manifest.config_hash == trainer.config.digest():
         return
-    # compared as JSON: a tuple in memory is a list in the file
-    then = json.loads(json.dumps(found.records.get("config", {})))
+    # compared as JSON: a tuple in memory is a list in the file. A setting that came with a newer version had its default.
+    stored = json.loads(json.dumps(found.records.get("config", {})))
+    then = json.loads(json.dumps(Config().to_dict())) | stored
     now = json.loads(json.dumps(redact(trainer.config.to_dict())))
     deciding = trainer.config.identity()
-    changes = [f"  {k}: {then.get(k)!r} -> {now[k]!r}" for k in deciding if then.get(k) != now[k]]
+    changes = [f"  {k}: {then[k]!r} -> {now[k]!r}" for k in deciding if then[k] != now[k]]
+    changes += [f"  {k}: {value!r} -> no setting of this version" for k, value in stored.items() if k not in now]
+    if not changes and digest_of({k: then[k] for k in deciding}) == trainer.config.digest():
+        return
+    changes = changes or ["  a value that is not shown, since it looks like a secret"]
     raise ConfigError(
         f"{trainer.run_dir} holds a run with other settings; continuing it would mix two runs:\n"
         + "\n".join(changes)
@@ -330,30 +346,15 @@ def locked(trainer: Trainer) -> Iterator[None]:
         config_hash=trainer.config.digest(),
         resume=trainer.config.resume != "never",
     )
-    failure: Exception | None = None
-    if trainer.is_main:
-        try:
-            lock.acquire()
-            _check_space(trainer)
-        except RunLockError as error:
-            lock.release()
-            failure = error
-    # the other processes must hear of a refusal before anyone waits for anyone
-    refused = trainer.accelerator.reduce(
-        torch.tensor([float(failure is not None)], device=trainer.device), reduction="sum"
-    )
-    if failure is not None:
-        raise failure
-    if float(refused.sum()) > 0:
-        raise RunLockError(f"process 0 could not take {trainer.run_dir}; see its own error")
     try:
-        if trainer.is_main:
-            checkpoint.remove_stale(trainer.run_dir)
-        trainer.accelerator.wait_for_everyone()
+        with guard.together(trainer, RunLockError):
+            if trainer.is_main:
+                lock.acquire()
+                _check_space(trainer)
+                checkpoint.remove_stale(trainer.run_dir)
         yield
     finally:
-        if trainer.is_main:
-            lock.release()
+        lock.release()
 
 
 def _check_space(trainer: Trainer) -> None:
@@ -376,20 +377,27 @@ def _exported_bytes(trainer: Trainer) -> int:
 
 def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
     """The run's metrics.jsonl, cut back to where the resumed checkpoint left it; trackers are started."""
-    log = MetricsLog(trainer.run_dir / "metrics.jsonl", enabled=trainer.is_main)
-    log.truncate_to(trainer.step, offset or 0)
-    if trainer.is_main:
-        _write_settings(trainer, "config.json", redact(trainer.config.to_dict()))
-        report = trainer.train_data.report
-        facts = {
-            "rows": report.rows,
-            "kept": report.kept,
-            "skipped": report.skipped,
-            "format": trainer.train_data.format,
-        }
-        _write_settings(trainer, "summary.json", {"data": facts})
-    plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
-    trainer.accelerator.init_trackers("rlft", config=plain)
+    with guard.together(trainer):
+        path = trainer.run_dir / "metrics.jsonl"
+        try:
+            log = MetricsLog(path, enabled=trainer.is_main)
+        except OSError as error:
+            raise TrainingError(
+                f"{path} cannot be opened: {error.strerror}; move it away, or make it writable"
+            ) from error
+        log.truncate_to(trainer.step, offset or 0)
+        if trainer.is_main:
+            _write_settings(trainer, "config.json", redact(trainer.config.to_dict()))
+            report = trainer.train_data.report
+            facts = {
+                "rows": report.rows,
+                "kept": report.kept,
+                "skipped": report.skipped,
+                "format": trainer.train_data.format,
+            }
+            _write_settings(trainer, "summary.json", {"data": facts})
+        plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
+        trainer.accelerator.init_trackers("rlft", config=plain)
     return log
 
 
