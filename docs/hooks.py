@@ -142,7 +142,8 @@ def objectives(prefix: str) -> str:
 
 def settings(prefix: str) -> str:
     """One table per group of settings, from Config.groups()."""
-    from rlft.config import Config, _type_name
+    from rlft.config import Config
+    from rlft.config.values import type_name
 
     titles = {
         "objective": "What is optimised",
@@ -160,7 +161,7 @@ def settings(prefix: str) -> str:
             default = getattr(defaults, field.name)
             free = " *(free)*" if field.metadata.get("free") else ""
             words = [
-                _type_name(hints[field.name]),
+                type_name(hints[field.name]),
                 "" if default is None else f"`{default!r}`",
                 _plain(field.metadata["doc"]) + free,
             ]

@@ -50,6 +50,14 @@ def test_no_instant_of_the_source_is_left_out(quick: tuple[int, dict[str, Any], 
     assert found["named"]["notes"]["named instants in the source"] > 150
 
 
+@pytest.mark.slow
+def test_a_few_kills_of_a_run_with_workers(tmp_path: Path) -> None:
+    """Their start takes seconds, several times."""
+    code, found, said = _campaign(tmp_path, "workers")
+    assert code == 0, said
+    assert found["workers"]["notes"]["a worker killed"] >= 1
+
+
 def test_a_broken_resume_is_seen(tmp_path: Path) -> None:
     """With random states that are not restored, the run with dropout ends with other bits, and the harness says so."""
     code, found, said = _campaign(tmp_path, "resume", RLFT_TEST_BREAK="rng")

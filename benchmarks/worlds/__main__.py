@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.worlds import figure, variance
+from benchmarks.worlds.page import REACHED, page, variance_cell
 from benchmarks.worlds.problem import Problem
 from benchmarks.worlds.rest import Rest, rest
-from benchmarks.worlds.page import REACHED, page, variance_cell
 from benchmarks.worlds.rows import ROWS, Row
 from rlft.worlds import World
 

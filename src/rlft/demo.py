@@ -147,9 +147,9 @@ def main(output: str | Path, *, seeds: int = 3, steps: int | None = None, worker
         ValueError: when the folder cannot be made.
     """
     folder = Path(output)
-    _clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}; choose another --output") from error
     steps = steps or RL_STEPS

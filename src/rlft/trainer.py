@@ -27,6 +27,7 @@ from rlft.metrics import MetricsLog, MetricSums
 from rlft.objective import Objective
 from rlft.rollout import fold_seed
 from rlft.run import (
+    arguments,
     controllers,
     correction,
     display,
@@ -95,7 +96,18 @@ class Trainer:
         optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
         callbacks: Iterable[Callback] = (),
     ) -> None:
-        self.config = args if isinstance(args, Config) else Config.from_dict(args or {})
+        self.config = arguments.settings(args)
+        arguments.check_kinds(
+            model=model,
+            objective=objective,
+            processing_class=processing_class,
+            reward_funcs=reward_funcs,
+            judge=judge,
+            peft_config=peft_config,
+            sampler=sampler,
+            optimizers=optimizers,
+        )
+        self.callbacks = arguments.callbacks(callbacks)
         self.objective = setup.objective(self.config, objective)
         parts = setup.build(
             self.config,
@@ -122,7 +134,6 @@ class Trainer:
         self.objective = correction.apply(self)
         self.source = setup.source(self)
         self.trust_step = setup.trust_step(self)
-        self.callbacks = list(callbacks)
         self.step = 0
         self.tokens_seen = 0
         self.unscored_steps = 0
@@ -290,7 +301,7 @@ class Trainer:
                     instant("train.backward"),
                     self.meter.phase("forward_backward"),
                 ):
-                    part = self.compute_loss(batch, denominators)
+                    part = guard.with_gradient(self, self.compute_loss(batch, denominators))
                     micro.note_layout(self, batch)
                     # DistributedDataParallel averages gradients over processes; the denominators are global already
                     self.accelerator.backward(part * self.world_size)

@@ -105,7 +105,7 @@ def test_layouts_of_memory_do_not_matter() -> None:
 
 
 def test_parts_of_bfloat16_are_summed_in_float32() -> None:
-    """The sequence is cut three times; each merge of outputs and each sum of gradients would round again."""
+    """Each part is rounded once, by the kernel (a fifth more error than in one call); sums in bfloat16 add two fifths."""
     segments, groups = row(1024)
     plan = plan_segments(segments, groups, device=CPU)
     assert len(plan.views[1]) == 3
@@ -122,7 +122,7 @@ def test_parts_of_bfloat16_are_summed_in_float32() -> None:
     )
     for a, b, c in zip(mine, whole, truth, strict=True):
         assert a.dtype == torch.bfloat16
-        assert float((a.double() - c).norm()) < 1.1 * float((b.double() - c).norm())
+        assert float((a.double() - c).norm()) < 1.3 * float((b.double() - c).norm())
 
 
 def test_runs_and_cuts_by_hand() -> None:

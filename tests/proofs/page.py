@@ -81,7 +81,7 @@ def gradient_cell(row: Row) -> str:
         ways = by_truth.setdefault(expected.to, [])
         if expected.parameter not in ways:
             ways.append(expected.parameter)
-    parts += [f"{'; '.join(ways)}: {truth}" for truth, ways in by_truth.items()]
+    parts += [f"{'; '.join(ways).replace('; all groups of', '; of')}: {truth}" for truth, ways in by_truth.items()]
     parts += [_named(node) for node in row.tests]
     return "<br>".join(parts)
 

@@ -220,7 +220,7 @@ ON_POLICY = [
                 value=False,
             ),
             Equal(
-                "`agro_off_policy` + `reinforce` on the t.expanded term, in gradient",
+                "`agro_off_policy` + `reinforce` on the expanded term, in gradient",
                 OFF + t.reinforce(t.by_kl_value),
                 row("agro_on_policy_lr_kl", **LR, square="h1", linear="g3n"),
                 when="square h1, linear g3n",
@@ -259,7 +259,7 @@ ON_POLICY = [
                 value=False,
             ),
             Equal(
-                "`agro_off_policy` + `reinforce` on the t.expanded term + `kl_policy_gradient_exact` of its moments, in gradient",
+                "`agro_off_policy` + `reinforce` on the expanded term + `kl_policy_gradient_exact` of its moments, in gradient",
                 OFF + t.reinforce(t.by_moments) + t.through(t.moved_moments),
                 row("agro_on_policy_lr_moments", beta=B),
                 value=False,

@@ -58,10 +58,10 @@ RUNS: dict[str, dict[str, Any]] = {
     # rows read from the file while training goes on, past its end, drawn from a buffer
     "stream": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
                "per_device_train_batch_size": 4, "eval_steps": 4},
-    # two workers that tokenise before the first step: two epoch boundaries, the last step of each a short one
+    # workers that tokenise before the first step: two epoch boundaries, the last step of each a short one
     "map_workers": {"objective": "dpo", "beta": 0.1, **_LORA, "max_steps": 9, "per_device_train_batch_size": 4, "eval_steps": 4,
                     "dataloader_num_workers": 2},
-    # two workers that read ahead, past the end of the file, with rows drawn from a buffer
+    # workers that read ahead, past the end of the file, with rows drawn from a buffer
     "stream_workers": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
                        "per_device_train_batch_size": 4, "eval_steps": 4, "dataloader_num_workers": 2},
 }  # fmt: skip

@@ -97,8 +97,8 @@ def _hints(present: list[str], wanted: Sequence[str] = _KNOWN_COLUMNS) -> str:
     for name in present:
         if name in _KNOWN_COLUMNS:
             continue
-        close = difflib.get_close_matches(name.lower(), wanted, n=1, cutoff=0.75)
-        meant = close[0] if close else _ALIASES.get(name.lower())
+        close = difflib.get_close_matches(str(name).lower(), wanted, n=1, cutoff=0.75)  # of rows in memory: any key
+        meant = close[0] if close else _ALIASES.get(str(name).lower())
         if meant is not None and meant in wanted and meant not in present:
             found.append(f"{meant!r} by {name!r}")
     if not found:

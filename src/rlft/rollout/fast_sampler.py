@@ -159,6 +159,8 @@ class FastSampler(Sampler):
                         stacklevel=3,
                     )
         if why != self.not_own_step:
-            logger.info("built-in sampler: %s", f"decodes by the model's modules: {why}" if why else "decodes itself")
+            logger.info(
+                "built-in sampler: %s", f"decodes by the model's modules: {why}" if why else "decodes by its own step"
+            )
         self.not_own_step = why
         return step if why is None else None

@@ -1,6 +1,6 @@
 """One token for every live row of a Llama-like model, without going through the model's modules.
 
-transformers runs about a hundred small operations per layer and token. Most of them prepare what does not change (masks,
+transformers runs dozens of small operations per layer and token. Many of them prepare what does not change (masks,
 repeated heads, dtype conversions) or are done one by one where one product would do. :class:`LlamaStep` computes the
 same function from the same weights: queries, keys and values in one product, gate and up in one, the rotary angles and
 the mask once per step. Which models it knows is decided by :func:`rlft.rollout.llama_structure.unknown`, and

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["AverageSampler", "MixtureSampler"]
 
 
-class MixtureSampler:
+class MixtureSampler(Sampler):
     """A :class:`Sampler` of the geometric mixture ``policy^(1 - a) reference^a``, normalised at every token.
 
     The logits of both are added with weights ``1 - a`` and ``a``, then filtered and drawn from like those of one model,
-    as TRL's ``GeometricMixtureWrapper`` did. Each has its own part of one cache, so a token costs one step of each; a
-    player of weight 0 is not run. With the same seed, ``a = 0`` draws the rows of :class:`FastSampler`.
+    as TRL's ``GeometricMixtureWrapper`` did; log-probs are the mixture's. Each has its own part of one cache, so a token
+    costs one step of each; a player of weight 0 is not run. With the same seed, ``a = 0`` draws the rows of
+    :class:`FastSampler`.
 
     Args:
         policy: gives both players; its adapter is switched off, or its reference model run, for the second one.
@@ -83,7 +84,6 @@ class MixtureSampler:
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`. Log-probs are the mixture's."""
         prompts = check_request(prompt_ids, n, seed)
         players = self._players()
         with contextlib.ExitStack() as stack:
@@ -104,7 +104,7 @@ class MixtureSampler:
             return loop.run(weight_version, poll)
 
 
-class AverageSampler:
+class AverageSampler(Sampler):
     """A :class:`Sampler` that draws with the weights of a moving average.
 
     Args:
@@ -125,7 +125,6 @@ class AverageSampler:
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
         with self.average.applied():
             return self.sampler.sample(prompt_ids, n, params, seed=seed, weight_version=weight_version, poll=poll)
 

@@ -14,12 +14,12 @@ from rlft import _check
 from rlft.rollout.draw import draw, greedy, penalise
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
 from rlft.rollout.randomness import row_keys, uniforms
-from rlft.rollout.types import Rollout, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
 
 __all__ = ["TransformersSampler"]
 
 
-class TransformersSampler:
+class TransformersSampler(Sampler):
     """A :class:`Sampler` over transformers' ``generate``.
 
     transformers runs the model, keeps the cache and applies its own filters; the token is drawn here, by a random
@@ -56,7 +56,6 @@ class TransformersSampler:
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
         prompts = check_request(prompt_ids, n, seed)
         model = generating_model(self.model)
         check_context(model, prompts, params.max_new_tokens)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlft.rollout.modes import check_context, end_token_ids, generating_model
 from rlft.rollout.randomness import fold_seed
-from rlft.rollout.types import Rollout, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
 from rlft.rollout.weights import merged_weights
 
 __all__ = ["VLLMSampler"]
@@ -26,7 +26,7 @@ _OURS = {
 }
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """A :class:`Sampler` over an in-process vLLM engine (extra ``rlft[vllm]``).
 
     The engine is built from the model's config with placeholder weights. Before sampling, if ``weight_version`` is not
@@ -95,7 +95,6 @@ class VLLMSampler:
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Draw ``n`` completions for each prompt; see :class:`rlft.rollout.Sampler`."""
         prompts = check_request(prompt_ids, n, seed)
         check_context(generating_model(self.model), prompts, params.max_new_tokens)
         if poll is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["check_data", "check_settings", "check_tokens", "note_positions"]
+__all__ = ["check_data", "check_held_out", "check_settings", "check_tokens", "note_positions"]
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
@@ -279,6 +279,24 @@ def _check_imitation(objective: Objective, data: Any) -> None:
         raise ConfigError(
             f"objective {objective.name!r} keeps a term to the chosen rows (rows='chosen'), and {data.format!r} rows have none; "
             f"give preference or unpaired rows, or drop rows"
+        )
+
+
+def check_held_out(config: Config, objective: Objective, train: Any, held_out: Any, *, online: bool) -> None:
+    """Refuse evaluation rows that the objective could not train on: their numbers would mean something else.
+
+    Raises:
+        ConfigError: beginning with ``eval_data``.
+    """
+    try:
+        check_data(config, objective, held_out, online=online)
+    except ConfigError as error:
+        raise ConfigError(f"eval_data: {error}") from error
+    pairs = {"preference", "unpaired", "ranked"}
+    if train.format != held_out.format and not online and {train.format, held_out.format} & pairs:
+        raise ConfigError(
+            f"eval_data holds {held_out.format!r} rows and train_data {train.format!r} rows; give evaluation rows of the same "
+            f"format"
         )
 
 

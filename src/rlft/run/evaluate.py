@@ -29,7 +29,8 @@ def run(trainer: Trainer, dataset: Any = None) -> dict[str, float]:
     """
     data = trainer.eval_data
     if dataset is not None:
-        rows = parts.load(replace(trainer.config, eval_dataset_config=None), "eval_data", dataset)  # that is of eval_data
+        settings = replace(trainer.config, eval_dataset_config=None)  # that one is of eval_data
+        rows = parts.load(settings, "eval_data", dataset)
         data = parts.tokenized(trainer.config, rows, trainer.tokenizer, online=trainer.online)
     if data is None:
         raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")

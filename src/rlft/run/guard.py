@@ -33,6 +33,7 @@ __all__ = [
     "together",
     "told",
     "undo_for",
+    "with_gradient",
 ]
 
 logger = logging.getLogger("rlft")
@@ -198,6 +199,21 @@ def poisoned(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> T
         return None
     grown = [t for t in outputs.values() if t.requires_grad]
     return torch.stack([t.sum() for t in grown]).sum() * float("nan")
+
+
+def with_gradient(trainer: Trainer, loss: Tensor) -> Tensor:
+    """The loss as it is.
+
+    Raises:
+        TrainingError: when it does not depend on the policy at all.
+    """
+    if not loss.requires_grad:
+        raise TrainingError(
+            f"step {trainer.step + 1}: the loss of objective {trainer.objective.name!r} has no gradient, so nothing can be "
+            f"learnt from it; likely causes: .detach() or torch.no_grad() around the policy's log-probs in an objective of "
+            f"your own, or a callback or reward function that switched gradients off"
+        )
+    return loss
 
 
 # -- updates --------------------------------------------------------------------------------------------------------------

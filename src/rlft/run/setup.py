@@ -14,8 +14,8 @@ from rlft import recipes
 from rlft.config import Config, ConfigError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.run import display, guard, identity, meeting, micro, pairwise, pairwise_rules, tally
-from rlft.run.checks import check_data, check_settings, check_tokens, note_positions
+from rlft.run import arguments, display, guard, identity, meeting, micro, pairwise, pairwise_rules, tally
+from rlft.run.checks import check_data, check_held_out, check_settings, check_tokens, note_positions
 from rlft.run.parts import (
     accelerator_for,
     adamw,
@@ -130,6 +130,16 @@ def build(
     check_settings(config, objective, online=online, rewarded=bool(specs), judged=judge is not None)
     if objective.trust_region is not None and optimizer is not None and not objective.needs_critic:
         raise ConfigError(f"optimizers does nothing: objective {objective.name!r} steps without one; drop it")
+    if ref_model is not None and not objective.needs_reference:
+        raise ConfigError(
+            f"ref_model does nothing: objective {objective.name!r} has no reference (or beta is 0); leave it out"
+        )
+    if sampler is not None and not online:
+        raise ConfigError("sampler does nothing without rewards; give reward_funcs to train online, or leave it out")
+    if peft_config is not None and config.use_peft:
+        raise ConfigError(
+            "peft_config and use_peft both ask for adapters; keep one (lora_r and its like belong to use_peft)"
+        )
     accelerator = accelerator_for(config)
     source = model if model is not None else config.model
     with meeting.together(accelerator, ValueError):
@@ -142,6 +152,7 @@ def build(
         held_out = tokenized(config, eval_rows, tokenizer, online=online) if eval_rows is not None else None
         check_data(config, objective, train, online=online)
         if held_out is not None:
+            check_held_out(config, objective, train, held_out, online=online)
             check_overlap(train.examples, held_out.examples)
         rewards = rewards_for(config, specs, accelerator.device, tokenizer) if specs else None
         judge = judge_for(config, judge) if judge is not None else None
@@ -155,6 +166,7 @@ def build(
         )
         with display.quiet_transformers() if config.disable_tqdm else contextlib.nullcontext():
             loaded = policy_model(config, source, tokenizer, objective)
+        arguments.check_module(loaded, objective)
         check_embedding(tokenizer, loaded)
         if accelerator.is_main_process:
             note_positions(config, loaded, train, online=online)

@@ -215,6 +215,8 @@ def resume(trainer: Trainer, given: str | bool | None) -> int | None:
         if wish == "auto":
             found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
         elif wish != "never":
+            if not isinstance(wish, (str, Path)):
+                raise ConfigError(f"resume must be True, False or a checkpoint's folder, got {wish!r}")
             if not Path(wish).is_dir():
                 raise ConfigError(
                     f"resume={str(wish)!r} is no folder; give 'auto', 'never', or a checkpoint such as {trainer.run_dir}/checkpoint-100"
@@ -267,7 +269,8 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
     checkpoint.optimizer_from_tensors(
         trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
     )
-    trainer.source.load(found.tensors.get("source", {}) if "source" in found.own else {}, found.records["source"])
+    waiting = found.tensors.get("source", {}) if "source" in found.own else {}
+    trainer.source.load({name: t.to(trainer.device) for name, t in waiting.items()}, found.records["source"])
     if trainer.replay is not None:
         trainer.replay.load_state_dict(found.tensors.get("replay", {}), found.records["replay"])
     trainer.metrics = MetricSums.from_state(found.records["metrics"])
