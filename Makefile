@@ -6,7 +6,7 @@ CONSTRAINTS := -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-peers test-gpu check format bench worlds results docs mutants kill-tests fuzz clean
+.PHONY: demo test test-slow test-peers test-gpu check format bench bench-gpu worlds results docs mutants kill-tests fuzz clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/rlft demo --output runs/demo
@@ -35,6 +35,9 @@ format: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(VENV)/.stamp-bench
+	$(BIN)/python -m benchmarks.gpu
 
 worlds: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.worlds

@@ -214,7 +214,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
-    with pytest.raises(RunLockError, match="cannot be written: File exists"):
+    with pytest.raises(RunLockError, match="cannot be written: it is there, and no folder"):
         RunLock(tmp_path / "run", CONFIG).acquire()
 
 

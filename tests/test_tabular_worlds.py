@@ -9,11 +9,14 @@ import pytest
 import torch
 from benchmarks.worlds import __main__ as command
 from benchmarks.worlds import figure, variance
-from benchmarks.worlds.field import Field, rest
+from benchmarks.worlds.field import Field
 from benchmarks.worlds.page import REACHED, rest_line, variance_cell
-from benchmarks.worlds.rows import ROWS, Row
+from benchmarks.worlds.problem import Problem
+from benchmarks.worlds.rest import rest
+from benchmarks.worlds.rows import ROWS, WITHOUT, Row
 
-from rlft.worlds import expected_loss
+from rlft import catalogue, recipes
+from rlft.worlds import World, expected_loss
 from tests.losses.enumeration import Setting
 
 PAGE = (Path(__file__).parents[1] / "docs" / "worlds.md").read_text(encoding="utf-8")
@@ -30,6 +33,10 @@ MAIN = [
     "agro_on_policy_lr_token (square: h2, linear: g2)",
     "kl_policy_gradient (kl_gradient: k2)",
     "reinforce (advantage: leave_one_out, kl: loss, kl_value: k3)",
+    "reinforce (advantage: reward_to_go, kl: reward, kl_value: k1)",
+    "ppo_penalty (advantage: leave_one_out)",
+    "sapo (advantage: leave_one_out, kl: reward, kl_value: k1)",
+    "reinforce_plus_plus_baseline",
     "dpo",
 ]
 
@@ -47,7 +54,7 @@ def test_main_resting_points_are_those_of_the_page(name: str) -> None:
     found = command.rests(row)  # refuses what theory does not say
     for one, letter in zip(found, row.reaches.replace(" ", ""), strict=True):
         assert one.kl < REACHED if letter == "y" else one.kl > 2e-3
-        assert one.how == "rest" or letter == "-"
+        assert one.how == "rest" or letter != "y"
         assert one.stable or one.how == "runs off"
     assert line(rest_line(row, found)) in PAGE
 
@@ -100,6 +107,127 @@ def test_the_likelihood_ratio_term_misses_the_optimum_when_beta_is_small() -> No
     assert without == "3/3"
     assert with_it in ("0/3", "1/3")
     assert wrong != "0/3"
+
+
+# -- what clips -------------------------------------------------------------------------------------------------------
+
+
+def best_within_clips(problem: Problem, behaviour: torch.Tensor, low: float, high: float) -> tuple[float, object]:
+    """The largest clipped surrogate in a bandit, by filling the steepest pieces first, and the surrogate as a function.
+
+    ``min(rho A, clip(rho) A)`` summed over rivals is piecewise linear and concave in rho, with kinks at both bounds.
+    """
+    mu = problem.world.answer_logps(behaviour).exp()
+    regularised = problem.rewards - problem.beta * (mu.log() - problem.world.answer_logps(problem.ref))
+    apart = regularised[:, None] - regularised[None, :]
+    up, down = apart.clamp(min=0) @ mu, (-apart).clamp(min=0) @ mu
+
+    def worth(p: torch.Tensor) -> float:
+        ratio = p / mu
+        return (mu * (up * ratio.clamp(max=high) - down * ratio.clamp(min=low))).sum().item()
+
+    pieces = [(up, low), (up - down, high - low), (-down, 1e9)]
+    slopes = [(slope[i].item(), (mu[i] * width).item(), i) for slope, width in pieces for i in range(len(mu))]
+    p, left = torch.zeros_like(mu), 1.0
+    for _, room, i in sorted(slopes, reverse=True):
+        p[i] += min(room, left)
+        left -= min(room, left)
+    return worth(p), worth
+
+
+@pytest.mark.parametrize("sampler", ["from the reference", "from a stranger"])
+def test_a_clipped_policy_rests_where_the_surrogate_is_largest(sampler: str) -> None:
+    problem = command.bandit()
+    behaviour = command.samplers(problem)[sampler]
+    row = next(row for row in ALL.values() if row.objective == "ppo_clip")
+    found = rest(problem, row, behaviour)
+    assert found.how == "clip"
+    assert found.residual < 1e-8
+    largest, worth = best_within_clips(problem, behaviour, 0.8, 1.2)
+    p = problem.world.answer_logps(found.logits).exp()
+    assert worth(p) == pytest.approx(largest, abs=1e-6)
+    assert worth(problem.world.answer_logps(problem.ref).exp()) < largest - 1e-2
+
+
+def test_p3o_reaches_the_optimum_from_any_samples_unless_each_answer_is_clipped() -> None:
+    problem = command.bandit()
+    for hyper, arrives in (
+        ({"clip_eps": 0.2, "clipping": "joint"}, True),
+        ({"clip_eps": 1.0, "clip_eps_high": 1e9}, True),
+        ({"clip_eps": 0.2}, False),
+    ):
+        found = rest(problem, Row("p3o", hyper, clip="" if arrives else "sum"), problem.ref)
+        assert (found.kl < REACHED) == arrives
+
+
+# -- critics, steps and normalised advantages -------------------------------------------------------------------------
+
+
+def test_ppo_finds_the_optimum_and_its_value_and_is_silent_there() -> None:
+    row = Row("ppo")
+    found = rest(TOKENS, row, None)
+    assert found.kl < REACHED
+    first = TOKENS.world.optimal_value(TOKENS.ref, TOKENS.rewards, TOKENS.beta)
+    torch.testing.assert_close(found.values[0], first, rtol=0, atol=1e-8)
+    gradients, weights = Field(TOKENS, row, None).per_group(found.logits, found.values)
+    assert (weights * gradients.square().sum(-1)).sum().item() < 1e-16
+
+
+def test_a_critic_that_cannot_tell_prefixes_apart_is_harmless_at_lambda_one_alone() -> None:
+    assert rest(TOKENS, Row("ppo", {"lam": 1.0}, one_value=True), None).kl < REACHED
+    assert rest(TOKENS, Row("ppo", one_value=True), None).kl > 1e-3
+
+
+def test_trust_region_steps_go_round_the_optimum_at_a_distance_set_by_their_length() -> None:
+    hyper = {"advantage": "leave_one_out", "kl": "reward", "kl_value": "k1"}
+    problem = command.bandit()
+    start = problem.world.kl(problem.ref, problem.best).item()
+    for length in (1e-3, 1e-4):
+        found = rest(problem, Row("trpo", {**hyper, "max_kl": length}), None)
+        assert found.how == "steps on"
+        assert length / 100 < found.kl * start < length
+    field = Field(problem, Row("trpo", hyper), None)
+    assert field(problem.best.flatten()[None]).abs().max() < 1e-12  # what keeps it away is the step
+
+
+def test_normalised_advantages_are_those_of_a_step_that_holds_every_group() -> None:
+    """A uniform sampler draws every pair alike, so that one batch of all pairs is the step without end."""
+    world = World.bandit(4)
+    ref, rewards = world.random_logits(seed=1), world.random_rewards(seed=2)
+    problem = Problem("uniform", world, ref, rewards, 1.0)
+    row = Row("reinforce_plus_plus_baseline", pairs=False)
+    field = Field(problem, row, torch.zeros(1, 4, dtype=torch.float64))
+    field.groups, field.orders = world.tuples(2), torch.ones(16, dtype=torch.float64)
+    weights = field.weights(field.start(ref)[None])
+    batch = field._fixed(1)
+    found = field._prepare(batch, weights).advantages
+    expected = field.objective.prepare(batch).advantages
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found * (31 / 32) ** 0.5, expected, rtol=1e-6, atol=1e-9)  # n - 1 there, n here
+
+
+# -- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+def test_every_online_objective_with_a_kl_is_measured() -> None:
+    online = {
+        entry.name
+        for entry in catalogue.entries()
+        if entry.data in ("groups with rewards", "prompts with a judge or rewards") or entry.name.startswith("agro")
+    }
+    measured = {row.objective for row in ALL.values()}
+    assert online - measured == set(WITHOUT)
+    assert not measured & set(WITHOUT)
+    assert measured - online == {"dpo", "ipo"}
+    for name in measured:
+        assert f"`{name}`" in PAGE
+
+
+def test_what_has_no_row_takes_no_kl_to_the_reference() -> None:
+    for name in WITHOUT:
+        assert "beta" not in recipes.parameters(name)
+        assert not recipes.build(name).needs_reference
 
 
 # -- variances --------------------------------------------------------------------------------------------------------

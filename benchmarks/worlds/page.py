@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.worlds.rest import Rest
-from benchmarks.worlds.rows import ROWS, Row
+from benchmarks.worlds.rows import ROWS, WITHOUT, Row
 
 __all__ = ["REACHED", "page", "rest_cell", "rest_line", "table", "variance_cell"]
 
@@ -21,19 +21,20 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *rows])
 
 
-def rest_cell(found: Rest) -> str:
-    """``reached``, or how far from the target the policy ends."""
+def rest_cell(found: Rest, letter: str = "-") -> str:
+    """``reached``, or how far from the target the policy ends, and the letter of the policy it ends at."""
     if found.kl < REACHED:
         return "**reached**"
-    mark = {"runs off": "†", "kink": "‡"}.get(found.how, "")
-    return f"{found.kl:.2g}{mark}"
+    mark = {"runs off": "†", "clip": "‡", "steps on": "§", "no step": "§"}.get(found.how, "")
+    return f"{found.kl:.2g}{mark}{'' if letter in 'y-' else f' ({letter})'}"
 
 
 def rest_line(row: Row, found: Sequence[Rest]) -> list[str]:
     """The table's line of one objective."""
     target = f" ({_TARGETS[row.target]})" if row.target in _TARGETS else ""
     settings = row.name.removeprefix(row.objective)
-    return [f"`{row.objective}`{settings}{target}", *(rest_cell(one) for one in found)]
+    cells = (rest_cell(one, letter) for one, letter in zip(found, row.reaches.replace(" ", ""), strict=True))
+    return [f"`{row.objective}`{settings}{target}", *cells]
 
 
 def variance_cell(value: float) -> str:
@@ -59,6 +60,9 @@ def page(
             f"### {family}\n\n{table(head, (rest_line(row, rests[row]) for row in rows))}\n\n{_NOTES[family]}\n"
         )
     parts.append(_LEGEND)
+    parts.append(
+        "Trained on rewards, with no KL to hold: " + "; ".join(f"`{k}` ({v})" for k, v in WITHOUT.items()) + ".\n"
+    )
     parts.append(_COLLAPSE.format(table=table(_COLLAPSE_HEAD, collapses)))
     parts.append(_VARIANCE)
     parts += [f"### {heading}\n\n{table(*lines)}\n" for heading, lines in variances.items()]
@@ -108,15 +112,28 @@ form with a baseline *is* the plain one. The plain likelihood-ratio term (in the
 it is the same) vanishes at pi\\* whoever samples, so pi\\* stays a resting point, and the row is about whether the way from
 the reference leads there: it may, and it may diverge. `leave_one_out` is three quarters of the term (n = 3).""",
     "Policy gradient, KL in the loss": """\
-None reaches pi\\* from samples of another policy. From fresh samples k2, the exact KL and ratio·k3 (whose gradient is k2's,
-sample by sample) do in the bandit. With several tokens none does: a term per token leaves out how an early token
-changes the KL of later ones. k1 in the loss has no expected gradient, so reward alone is maximised. k3 as such descends
-the forward KL. `group_mean` makes the advantages (n - 1)/n of what they were and leaves the KL term, so the pull is
-n/(n - 1) times beta; `group_norm` (n = 3) changes the rewards as well; GRPO also divides by the answer's length.""",
+From samples of another policy only TRPO gets to pi\\*, in the bandit: its ratio is not clipped, so the reward is expected under the
+policy itself, and its KL is exact. From fresh samples k2, the exact KL and ratio·k3 (whose gradient is k2's, sample by sample)
+do in the bandit. With several tokens none does, as a term per token leaves out how an early token changes the KL of later
+ones: (d) is where they end. k1 in the loss has no expected gradient, so reward alone is maximised. k3 as such descends the
+forward KL, and ends at (e). `group_mean` makes the advantages (n - 1)/n of what they were and leaves the KL term, so (d)
+and (e) are those of n/(n - 1) times beta; `group_norm` (n = 3, also in `dapo`) changes the rewards as well; GRPO also divides by the
+answer's length. `reinforce_plus_plus_baseline` divides rewards by their deviation, which falls as the policy sharpens (g). `dapo`
+and `dr_grpo` have no KL by default, `trpo` and `reinforce` none of their own; here they are given one.""",
     "Policy gradient, KL in the reward": """\
-With k1 in the reward fresh samples lead to pi\\*, clipped or not; with k2 or k3 in the reward they do not, as the reward
-then lacks the estimator's own gradient. From a fixed policy's samples the log-ratio is that of sampling time, and says
-nothing of the policy: what clips stops at its clip, what does not runs off.""",
+Of these only `p3o` has a KL of its own; the others are given the customary one. With k1 in the reward fresh samples lead to
+pi\\*, clipped or not, with reward-to-go, and with advantages normalised over a step, which only changes the pace. With k2 or k3 they do not,
+as the reward then lacks the estimator's own gradient. From a fixed policy's samples the log-ratio is that of sampling time,
+and says nothing of the policy: what clips stops at its clip, what does not runs off. `p3o` takes the log-ratio anew, so
+unclipped, or with the weight of a pair clipped (`joint`), it reaches pi\\* from any samples; clipped answer by answer it stops
+where the ratio does. `trpo` goes round pi\\*: its steps keep their length, and the distance is that of `max_kl`.""",
+    "Policy gradient with a critic, KL in the reward": """\
+The critic is a value for every prefix, or one number for all, fitted to the reference's answers at the start and learned along. With a value
+for every prefix, fresh samples lead to pi\\* at any lambda. With one number they do at lambda 1, where a value is only a baseline, and
+not at 0.95 with several tokens.""",
+    "Policy gradient, KL to the sampler in the loss": """\
+`ppo_penalty` holds the policy to the one that sampled, and has no KL to the reference. On fresh samples the penalty has no gradient, and reward
+alone is maximised; from samples of a fixed policy it ends at (f).""",
     "Preferences": """\
 DPO finds pi\\* when preferences follow the rewards by Bradley and Terry, whoever draws the pairs. IPO's optimum is that of
 the reward P(y beats the samples). `nash_md_pg` against itself finds the equilibrium from fresh samples; against a mixture
@@ -124,12 +141,21 @@ with the reference (an eighth of it in the exponent) it finds another policy, ne
 }
 
 _LEGEND = """\
-† no resting point: a probability goes to zero, and the figure is the KL when two
-logits differ by 25 nats, which is not yet its limit. ‡ the field jumps
-where ratios are clipped; small shrinking steps, good to some per cent. Targets: (a) the optimum for the reward P(y beats an
-answer of the sampler), which for fresh samples is (b); (b) the equilibrium of the preference game, pi = ref exp(P(y beats
-pi)/beta)/Z; (c) ref exp(T (r - c)/beta), T the answer's length, which is not pi\\*. Groups have two answers, three where n = 3
-is said. Every resting point that is not a kink attracts: the derivative of the field there has no negative eigenvalue.
+† no resting point: a probability goes to zero, and the figure is the KL when two logits differ by 25 nats, which is not yet its
+limit. ‡ held where ratios are clipped: the field jumps there, and what both sides leave of it is below 1e-8. Where the KL is not
+in the loss, every policy beyond the clip is at rest, and the figure, of the first that is met, is good to 1 %. § steps within a
+trust region: the farthest policy of the last 50 of 250 steps, or where the line search finds no better step.
+
+Targets: (a) the optimum for the reward P(y beats an answer of the sampler), which for fresh samples is (b); (b) the
+equilibrium of the preference game, pi = ref exp(P(y beats pi)/beta)/Z; (c) ref exp(T (r - c)/beta), T the answer's length,
+which is not pi\\*. A letter in a cell is the policy that is found instead, to 1e-8 (to 1e-3 for §). With Q(s, a) the plain reward expected
+after token a, without the KL of later tokens: (d) pi(a|s) = ref exp(Q/beta)/Z; (e) pi(a|s) = beta ref/(c - Q), the same for the forward KL; (f)
+as (e) with the sampler in place of the reference, which also goes on after a; (g) as (d) with beta times sqrt(n/(n - 1)) and the
+deviation of the reward under the policy itself; (h) the best reply to the policy's mixture with the reference; (i) as (d)
+with the sampler going on after a.
+
+Groups have two answers, three where n = 3 is said. A mean over tokens, and a deviation over a step, are those of a step without
+end. Every point without † or § attracts, along the bounds of the ratios that are held.
 """
 
 _COLLAPSE_HEAD = [
@@ -164,11 +190,13 @@ scale 2 added, a drift that has nothing to do with reward.
 _END = """\
 ## What to conclude
 
-- With samples that are not fresh, use `agro_off_policy` (or `rloo` as it is here, `dro`, or pairs with DPO). A KL term in the loss moves the optimum.
+- With samples that are not fresh, use `agro_off_policy` (or `rloo` as it is here, `dro`, `p3o` with `clipping: joint`, or pairs with DPO).
+  A KL term in the loss moves the optimum.
 - With fresh samples and a KL penalty, put k1 in the reward, or use AGRO. k3 in the loss, GRPO's, has another optimum.
 - The plain estimator is the only one without noise at pi\\*, from any samples; with the likelihood-ratio term the plain form is,
   too. Every reduction gives that up. What some lower is the variance away from the optimum: the likelihood-ratio forms half way,
   `agro_off_policy_rb` where the policy has drifted under samples of a stranger. The causal and exact-KL forms lower it at none of these policies.
-- Not measured here: `p3o`, `sapo`, TRPO, PPO with a critic, and objectives without a KL term.
+- Clipping each ratio is for samples that are nearly fresh: on those of a fixed policy it holds the policy near that one.
+- Pair objectives on sampled answers are represented by DPO and IPO. Objectives without a KL term are not measured.
 - These worlds are small, and rewards are random by answer. They show what an objective aims at, not how fast a large model gets there.
 """

@@ -159,9 +159,9 @@ def own_loop(row: int, what: str, end: str, name: str, spoil: Callable[[dict[str
         if met:
             spoil(x)
         (gradient,) = torch.autograd.grad(LOSSES[name](x).mean(), x["logps"])
+        hold.value = gradient.norm().item()
         dist.all_reduce(gradient)
         assert bool(torch.isfinite(gradient).all())
-        hold.value = gradient.norm().item()
 
     add(row, f"{what} in {name}", end, run, whose=ONE, words=words, told=False)
 

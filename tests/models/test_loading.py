@@ -240,7 +240,7 @@ def test_hub_models_are_asked_for_without_pickles_and_without_code(monkeypatch: 
         raise OSError("no network in tests")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with pytest.raises(OSError, match="no network"):
+    with pytest.raises(ValueError, match=r"from the hub .OSError: no network in tests.; check the name"):
         load_causal_lm("some/model", revision="abc", dtype="bfloat16")
     assert asked["name"] == "some/model"
     assert asked["use_safetensors"] is True

@@ -78,6 +78,6 @@ def test_a_file_that_fails_to_load_leaves_nothing_behind(tmp_path):
     (tmp_path / "bad.py").write_text("raise RuntimeError('no')\n")
     before = set(sys.modules)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no"):
+        with pytest.raises(ValueError, match="cannot be run: RuntimeError: no; try"):
             load_reward(f"{tmp_path / 'bad.py'}:judge")
     assert set(sys.modules) == before
