@@ -42,6 +42,16 @@ def curve(problem: Problem, row: Row, behaviour: Tensor | None, times: tuple[flo
     return found
 
 
+def _above_rounding(points: dict[float, float]) -> dict[float, float]:
+    """A curve until it meets the floor: what follows is rounding error, and a flat line would look like a rest."""
+    shown = {}
+    for time, value in points.items():
+        shown[time] = max(value, FLOOR)
+        if value <= FLOOR:
+            break
+    return shown
+
+
 def draw(panels: dict[str, dict[str, dict[float, float]]]) -> bytes:
     """PNG of one panel for each way to sample: a line per objective.
 
@@ -59,16 +69,17 @@ def draw(panels: dict[str, dict[str, dict[float, float]]]) -> bytes:
             left, bottom = 0.075 + column * 0.312, 0.085 + (lines - 1 - row) * 0.455
             axis = figure.add_axes((left, bottom, 0.285, 0.34))
             for place, (label, points) in enumerate(curves.items()):
+                shown = _above_rounding(points)
                 (handles[label],) = axis.plot(
-                    list(points),
-                    [max(value, FLOOR) for value in points.values()],
+                    list(shown),
+                    list(shown.values()),
                     color=_curves.COLOURS[place],
                     ls=_curves._DASHES[place],
                     lw=1.8,
                 )
             axis.set_xscale("log")
             axis.set_yscale("log")
-            axis.set_ylim(FLOOR / 3, 20)
+            axis.set_ylim(FLOOR, 20)
             axis.set_xlim(min(TIMES), max(TIMES))
             axis.set_xticks([1, 1e2, 1e4])
             axis.set_yticks([1e-12, 1e-8, 1e-4, 1])

@@ -112,8 +112,8 @@ form with a baseline *is* the plain one. The plain likelihood-ratio term (in the
 it is the same) vanishes at pi\\* whoever samples, so pi\\* stays a resting point, and the row is about whether the way from
 the reference leads there: it may, and it may diverge. `leave_one_out` is three quarters of the term (n = 3).""",
     "Policy gradient, KL in the loss": """\
-From samples of another policy only TRPO gets to pi\\*, in the bandit: its ratio is not clipped, so the reward is expected under the
-policy itself, and its KL is exact. From fresh samples k2, the exact KL and ratio·k3 (whose gradient is k2's, sample by sample)
+From samples of another policy only TRPO gets to pi\\*, in the bandit and to 1e-5, where its line search ends: its ratio is not
+clipped, so the reward is expected under the policy itself, and its KL is exact. From fresh samples k2, the exact KL and ratio·k3 (whose gradient is k2's, sample by sample)
 do in the bandit. With several tokens none does, as a term per token leaves out how an early token changes the KL of later
 ones: (d) is where they end. k1 in the loss has no expected gradient, so reward alone is maximised. k3 as such descends the
 forward KL, and ends at (e). `group_mean` makes the advantages (n - 1)/n of what they were and leaves the KL term, so (d)
@@ -128,8 +128,8 @@ and says nothing of the policy: what clips stops at its clip, what does not runs
 unclipped, or with the weight of a pair clipped (`joint`), it reaches pi\\* from any samples; clipped answer by answer it stops
 where the ratio does. `trpo` goes round pi\\*: its steps keep their length, and the distance is that of `max_kl`.""",
     "Policy gradient with a critic, KL in the reward": """\
-The critic is a value for every prefix, or one number for all, fitted to the reference's answers at the start and learned along. With a value
-for every prefix, fresh samples lead to pi\\* at any lambda. With one number they do at lambda 1, where a value is only a baseline, and
+The critic is a value for every prefix, or one number for all, fitted at the start to what the reference gets, and learned along.
+With a value for every prefix, fresh samples lead to pi\\*, and there the advantage of every token is zero: no noise. With one number they do at lambda 1, where a value is only a baseline, and
 not at 0.95 with several tokens.""",
     "Policy gradient, KL to the sampler in the loss": """\
 `ppo_penalty` holds the policy to the one that sampled, and has no KL to the reference. On fresh samples the penalty has no gradient, and reward
@@ -193,7 +193,7 @@ _END = """\
 - With samples that are not fresh, use `agro_off_policy` (or `rloo` as it is here, `dro`, `p3o` with `clipping: joint`, or pairs with DPO).
   A KL term in the loss moves the optimum.
 - With fresh samples and a KL penalty, put k1 in the reward, or use AGRO. k3 in the loss, GRPO's, has another optimum.
-- The plain estimator is the only one without noise at pi\\*, from any samples; with the likelihood-ratio term the plain form is,
+- Of AGRO's estimators the plain one is the only one without noise at pi\\*, from any samples; with the likelihood-ratio term the plain form is,
   too. Every reduction gives that up. What some lower is the variance away from the optimum: the likelihood-ratio forms half way,
   `agro_off_policy_rb` where the policy has drifted under samples of a stranger. The causal and exact-KL forms lower it at none of these policies.
 - Clipping each ratio is for samples that are nearly fresh: on those of a fixed policy it holds the policy near that one.

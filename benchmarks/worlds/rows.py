@@ -120,7 +120,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _R("cispo", {**_K1, "clip_eps_high": 0.2}, reaches=_FRESH),
         _R("sapo", _K1, reaches=_FRESH),
         _R("p3o", {"clip_eps": 0.2}, reaches=_FRESH, clip="sum"),
-        _R("p3o", {"clip_eps": 1.0, "clip_eps_high": 1e9}),
+        _R("p3o", {"clip_eps": 1.0, "clip_eps_high": 10**6}),
         _R("p3o", {"clip_eps": 0.2, "clipping": "joint"}),
         _R("trpo", _K1, reaches=_FRESH, within=1e-2),
         _R("trpo", {**_K1, "max_kl": 1e-4}, reaches=_FRESH, within=1e-3),
