@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def test_the_likelihood_ratio_term_misses_the_optimum_when_beta_is_small() -> No
 # -- what clips -------------------------------------------------------------------------------------------------------
 
 
-def best_within_clips(problem: Problem, behaviour: torch.Tensor, low: float, high: float) -> tuple[float, object]:
+def best_within_clips(
+    problem: Problem, behaviour: torch.Tensor, low: float, high: float
+) -> tuple[float, Callable[[torch.Tensor], float]]:
     """The largest clipped surrogate in a bandit, by filling the steepest pieces first, and the surrogate as a function.
 
     ``min(rho A, clip(rho) A)`` summed over rivals is piecewise linear and concave in rho, with kinks at both bounds.
@@ -139,6 +142,7 @@ def best_within_clips(problem: Problem, behaviour: torch.Tensor, low: float, hig
 def test_a_clipped_policy_rests_where_the_surrogate_is_largest(sampler: str) -> None:
     problem = command.bandit()
     behaviour = command.samplers(problem)[sampler]
+    assert behaviour is not None
     row = next(row for row in ALL.values() if row.objective == "ppo_clip")
     found = rest(problem, row, behaviour)
     assert found.how == "clip"

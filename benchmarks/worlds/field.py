@@ -26,7 +26,11 @@ from rlft.worlds import World
 __all__ = ["F64", "Field", "Problem"]
 
 #: Advantages that are normalised over a step, and what they are before that.
-_RAW = {"batch_norm": {"advantage": "reward"}, "group_mean_batch_norm": {"advantage": "group_mean"}}
+_RAW: dict[str, dict[str, object]] = {
+    "reward_to_go": {"whiten": False},
+    "batch_norm": {"advantage": "reward"},
+    "group_mean_batch_norm": {"advantage": "group_mean"},
+}
 
 
 def _groups(world: World, n: int, ordered: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ class Field:
         self.objective = row.build(problem.beta)
         self.raw = self.objective
         if self.objective.normalises_step:
-            before = {"whiten": False} if self.objective.advantage == "reward_to_go" else _RAW[self.objective.advantage]
+            before = _RAW[str(self.objective.advantage)]
             self.raw = replace(row, hyper={**row.hyper, **before}).build(problem.beta)
         self.groups, self.orders = _groups(problem.world, row.n, ordered=row.pairs)
         needs = self.objective.needs | {name for term in self.objective.terms for name in term.sources}

@@ -20,7 +20,7 @@ COMPARED: dict[str, Row] = {
     "policy gradient, exact KL in the loss": Row("kl_policy_gradient_exact"),
     "policy gradient, k3 in the loss": Row("kl_policy_gradient", {"kl_gradient": "k3"}),
 }
-FLOOR = 1e-14
+FLOOR = 1e-13
 #: Learning rate times updates at which the distance is taken, evenly in the logarithm.
 TIMES = tuple(0.1 * 1.15**k for k in range(100))
 

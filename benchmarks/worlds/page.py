@@ -92,7 +92,8 @@ python -m benchmarks.worlds
 AGRO reaches pi\\* from any samples. A policy gradient with the KL as a term of the loss stops elsewhere unless its samples
 are fresh; and with answers of several tokens even then, as each token is charged its own KL and not the KL
 that follows from it. This is Figure 1 of Tang et al. 2025 ([arXiv 2503.19612](https://arxiv.org/abs/2503.19612)) with settings of
-our own: exact expected gradients on a table of logits, small learning rate, beta 1. The dotted line is 1e-8.
+our own: exact expected gradients on a table of logits, small learning rate, beta 1. The dotted line is 1e-8; lines
+end at 1e-13, where rounding begins.
 
 ![KL to the optimum as learning goes on: AGRO falls to rounding error in all six panels, the policy gradients level off off-policy](assets/worlds.png)
 
@@ -112,14 +113,15 @@ form with a baseline *is* the plain one. The plain likelihood-ratio term (in the
 it is the same) vanishes at pi\\* whoever samples, so pi\\* stays a resting point, and the row is about whether the way from
 the reference leads there: it may, and it may diverge. `leave_one_out` is three quarters of the term (n = 3).""",
     "Policy gradient, KL in the loss": """\
-From samples of another policy only TRPO gets to pi\\*, in the bandit and to 1e-5, where its line search ends: its ratio is not
-clipped, so the reward is expected under the policy itself, and its KL is exact. From fresh samples k2, the exact KL and ratio·k3 (whose gradient is k2's, sample by sample)
-do in the bandit. With several tokens none does, as a term per token leaves out how an early token changes the KL of later
-ones: (d) is where they end. k1 in the loss has no expected gradient, so reward alone is maximised. k3 as such descends the
-forward KL, and ends at (e). `group_mean` makes the advantages (n - 1)/n of what they were and leaves the KL term, so (d)
-and (e) are those of n/(n - 1) times beta; `group_norm` (n = 3, also in `dapo`) changes the rewards as well; GRPO also divides by the
-answer's length. `reinforce_plus_plus_baseline` divides rewards by their deviation, which falls as the policy sharpens (g). `dapo`
-and `dr_grpo` have no KL by default, `trpo` and `reinforce` none of their own; here they are given one.""",
+From samples of another policy only TRPO gets to pi\\*, in the bandit and to 1e-5, where its line search ends: its ratio is
+not clipped, so the reward is expected under the policy itself, and its KL is exact. From fresh samples k2, the exact KL and
+ratio·k3 (whose gradient is k2's, sample by sample) do in the bandit. With several tokens none does, as a term per token
+leaves out how an early token changes the KL of later ones: (d) is where they end. k1 in the loss has no expected gradient,
+so reward alone is maximised. k3 as such descends the forward KL, and ends at (e). `group_mean` makes the advantages
+(n - 1)/n of what they were and leaves the KL term, so (d) and (e) are those of n/(n - 1) times beta; `group_norm` (n = 3, also in
+`dapo`) changes the rewards as well; GRPO also divides by the answer's length. `reinforce_plus_plus_baseline` divides rewards
+by their deviation, which falls as the policy sharpens (g). `dapo` and `dr_grpo` have no KL by default, `trpo` and
+`reinforce` none of their own; here they are given one.""",
     "Policy gradient, KL in the reward": """\
 Of these only `p3o` has a KL of its own; the others are given the customary one. With k1 in the reward fresh samples lead to
 pi\\*, clipped or not, with reward-to-go, and with advantages normalised over a step, which only changes the pace. With k2 or k3 they do not,
@@ -128,9 +130,9 @@ and says nothing of the policy: what clips stops at its clip, what does not runs
 unclipped, or with the weight of a pair clipped (`joint`), it reaches pi\\* from any samples; clipped answer by answer it stops
 where the ratio does. `trpo` goes round pi\\*: its steps keep their length, and the distance is that of `max_kl`.""",
     "Policy gradient with a critic, KL in the reward": """\
-The critic is a value for every prefix, or one number for all, fitted at the start to what the reference gets, and learned along.
-With a value for every prefix, fresh samples lead to pi\\*, and there the advantage of every token is zero: no noise. With one number they do at lambda 1, where a value is only a baseline, and
-not at 0.95 with several tokens.""",
+The critic is a value for every prefix, or one number for all, fitted at the start to the answers that are drawn, and learned along.
+With a value for every prefix, fresh samples lead to pi\\*, and there the advantage of every token is zero: no noise.
+With one number they do at lambda 1, where a value is only a baseline, and not at 0.95 with several tokens.""",
     "Policy gradient, KL to the sampler in the loss": """\
 `ppo_penalty` holds the policy to the one that sampled, and has no KL to the reference. On fresh samples the penalty has no gradient, and reward
 alone is maximised; from samples of a fixed policy it ends at (f).""",
