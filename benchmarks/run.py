@@ -19,7 +19,7 @@ from benchmarks import accuracy, generation, kernels, layouts, steps
 from benchmarks.harness import ROOT, Case, measure
 from benchmarks.page import accuracy_table, layout_table, page, table
 
-__all__ = ["main"]
+__all__ = ["cases", "main"]
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger-kernel")
 
@@ -35,6 +35,16 @@ def versions() -> dict[str, str]:
     import torch
 
     return {**found, "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"}
+
+
+def cases(folder: Path, *, quick: bool = False) -> list[Case]:
+    """All cases; what they need on disk goes into ``folder``."""
+    return [
+        *steps.cases(folder, quick=quick),
+        *generation.cases(folder, quick=quick),
+        *layouts.cases(quick=quick),
+        *kernels.cases(quick=quick),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,16 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        cases: list[Case] = [
-            *steps.cases(Path(folder), quick=options.quick),
-            *generation.cases(Path(folder), quick=options.quick),
-            *layouts.cases(quick=options.quick),
-            *kernels.cases(quick=options.quick),
-        ]
+        known = cases(Path(folder), quick=options.quick)
         wanted = (options.only or "").lower()
-        chosen = [case for case in cases if wanted in case.name.lower()]
+        chosen = [case for case in known if wanted in case.name.lower()]
         if not chosen:
-            parser.error(f"no case is called {options.only!r}; there are: {', '.join(case.name for case in cases)}")
+            parser.error(f"no case is called {options.only!r}; there are: {', '.join(case.name for case in known)}")
         for case in chosen:
             result = measure(case, rounds=options.rounds, say=lambda line: print(line, file=sys.stderr))
             results.append(result.as_dict())

@@ -107,3 +107,26 @@ def test_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_library_never_imports_the_benchmarks() -> None:
     for file in (ROOT / "src").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) benchmarks", file.read_text(encoding="utf-8"), re.MULTILINE), file
+
+
+def test_the_page_is_of_the_figures_beside_it_and_gives_a_reason_for_every_miss() -> None:
+    record = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert text == page.page(record)
+    assert "no reason is given" not in text
+
+
+def test_every_aim_names_a_case_and_its_variants(tmp_path: Path) -> None:
+    cases = {case.name: {v.name for v in case.variants} for case in run.cases(tmp_path)}
+    for aim in page.AIMS:
+        assert {aim.against, aim.ours or aim.against} <= cases[aim.case]
+
+
+def test_a_ratio_between_two_of_a_case_and_a_miss_without_reason() -> None:
+    def row(name: str, time: float) -> dict[str, Any]:
+        return {"name": name, "skipped": "", "ratio": {"median": time, "memory": None}}
+
+    variants = [row("rlft agro_off_policy", 1.0), row("rlft rloo", 2.0), row("TRL RLOOTrainer", 8.0)]
+    text = page.targets_table([{"name": page.AGRO, "kind": "", "variants": variants}])
+    assert "| off-policy AGRO step | TRL RLOOTrainer | 4.5x | 8.0x | reached |" in text
+    assert "| RLOO step | TRL RLOOTrainer | 4.5x | 4.0x | missed: **no reason is given yet** |" in text

@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlft import _failpoint, checkpoint
+from rlft.checkpoint import _tensorfile
 from tests import checkpoint_harness as harness
 
 DTYPES = [
@@ -342,10 +344,41 @@ def test_rotate_never_deletes_the_last_verified(tmp_path: Path) -> None:
         _save(tmp_path, step)
     for step in (3, 4):
         _damage(tmp_path / f"checkpoint-{step}")
-    assert checkpoint.rotate(tmp_path, 2) == [tmp_path / "checkpoint-1"]
+    with pytest.warns(
+        checkpoint.CheckpointWarning, match=r"does not read back: .*checkpoint-[34].model\.safetensors is damaged"
+    ):
+        assert checkpoint.rotate(tmp_path, 2) == [tmp_path / "checkpoint-1"]
     assert _steps(tmp_path) == [2, 3, 4]
     with pytest.warns(checkpoint.CheckpointWarning, match="falling back"):
         assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_new_checkpoint_that_does_not_read_back_costs_no_sound_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """A bit that is lost between memory and disk: the manifest has the hash of what was meant."""
+    for step in (1, 2):
+        _save(tmp_path, step, keep=keep)
+    real = _tensorfile.write_file
+
+    def losing(point: str, path: Path, chunks: Any) -> Any:
+        written = real(point, path, chunks)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+        return written
+
+    if keep == 2:
+        _damage(tmp_path / "checkpoint-2")
+    before = _steps(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(_tensorfile, "write_file", losing)
+        with pytest.warns(checkpoint.CheckpointWarning, match="does not read back: .*; an older one that does is kept"):
+            _save(tmp_path, 3, keep=keep)
+    assert _steps(tmp_path) == [*before, 3]
+    with pytest.warns(checkpoint.CheckpointWarning, match="falling back"):
+        assert checkpoint.find_latest(tmp_path) == tmp_path / f"checkpoint-{3 - keep}"
+    _save(tmp_path, 4, keep=1)
+    assert _steps(tmp_path) == [4]
 
 
 def test_rotate_keeps_what_is_protected(tmp_path: Path) -> None:

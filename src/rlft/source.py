@@ -24,7 +24,7 @@ class Source(Protocol):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
-    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any], *, anew: bool = False) -> None: ...
 
     def start(self) -> None: ...
 
@@ -78,7 +78,7 @@ class OfflineSource(_Ordered):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"order": self.order.state_dict()}
 
-    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any], *, anew: bool = False) -> None:
         self.order.load_state_dict(record["order"])
 
 
@@ -154,10 +154,17 @@ class OnlineSource(_Ordered):
         tensors = {f"{i}/{name}": t for i, batch in enumerate(self.queue) for name, t in batch.tensors().items()}
         return tensors, {"order": self.order.state_dict(), "queued": len(self.queue)}
 
-    def load(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], record: dict[str, Any], *, anew: bool = False) -> None:
+        """Go on where :meth:`state` was taken.
+
+        Args:
+            tensors: of this process.
+            record: of this process; with ``anew`` of any one, the same for all.
+            anew: begin with a new generation. Another number of processes cannot share out what waited in the queues.
+        """
         self.order.load_state_dict(record["order"])
         self.queue = []
-        for i in range(record["queued"]):
+        for i in range(0 if anew else record["queued"]):
             prefix = f"{i}/"
             self.queue.append(
                 Batch.from_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

@@ -11,7 +11,6 @@ One optimizer step::
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,9 +36,11 @@ from rlft.run import (
     meeting,
     micro,
     online,
+    provenance,
     ref_cache,
     selfcheck,
     setup,
+    signals,
     tally,
     watchdog,
 )
@@ -130,6 +131,7 @@ class Trainer:
         self.judge, self.opponent = parts.judge, parts.players.opponent
         self.average, self.baseline = parts.players.average, parts.players.baseline
         self.plan, self.own_schedule = parts.plan, optimizers[0] is None
+        self.made_of = provenance.of(self, parts.weights)
         self.kl_control = controllers.make(self)
         self.objective = correction.apply(self)
         self.source = setup.source(self)
@@ -152,10 +154,12 @@ class Trainer:
         self.evaluated_at = -1
         self.evaluating = False
         self.finished = False
+        self.checked = False  # the first step has passed its checks, or they are off
+        self.resumed_from: dict[str, str] | None = None  # the checkpoint that was asked for by name
         self.run_dir = Path(self.config.output_dir)
         self.metrics: MetricSums = MetricSums()
         self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", enabled=False)
-        self._signalled: int | None = None
+        self.signals = signals.Signals()
         self._boundary: _state.Light | None = None  # None: the present state is one
 
     # -- where this process stands ----------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ class Trainer:
             TrainingError: when the run cannot go on; the newest checkpoint is intact.
             Interrupted: after SIGTERM or SIGUSR1; the run was saved.
         """
-        with _state.locked(self), self._signals(), contextlib.closing(self.source):
+        with _state.locked(self, resume_from_checkpoint), self.signals.heeded(self.world_size), contextlib.closing(self.source):
             offset = _state.resume(self, resume_from_checkpoint)
             if self.is_main:
                 display.start(self, resumed=offset is not None)
@@ -213,17 +217,17 @@ class Trainer:
                 _state.seed(self)
             self._boundary = None
             self.source.start()
-            if offset is None:
+            if self.step == 0:
                 selfcheck.before(self)
+            if not self.checked:
                 self.first_step = first_step.watch(self)
             self.meter.start(self)
             try:
                 last = self._loop()
             except Exception as error:
                 guard.lost_peer(self, error)
-                # saving takes all processes: they do it where all of them know that a reward or the data stopped the run
-                if isinstance(error, Interrupted) or guard.of_inputs(self, error):
-                    _state.save_boundary(self)
+                if guard.saves(self, error):
+                    _state.save_boundary(self, stopping=True)
                 raise
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -295,6 +299,8 @@ class Trainer:
                 micro_batches = self.trust_step.begin(micro_batches)
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for index, batch in enumerate(micro_batches):
+                if index:
+                    self.poll(boundary=meeting.on_cpu())
                 last = index == len(micro_batches) - 1
                 with (
                     contextlib.nullcontext() if last else self.accelerator.no_sync(self.model),
@@ -518,15 +524,17 @@ class Trainer:
                 self.tokenizer.save_pretrained(folder)
 
     def poll(self, *, boundary: bool = False) -> None:
-        """Stop where a signal asked for it. Called between steps, and inside sampling, rewards and evaluation."""
-        if self.world_size == 1:
-            stop = self._signalled is not None
-        elif boundary:  # one process's signal stops all of them, at the same step
-            flag = torch.tensor([self._signalled or 0], device=self.device)
-            stop = bool(self.accelerator.reduce(flag, reduction="sum").item())
-        else:
-            return
-        if stop:
+        """Stop where a signal asked for it, to this process or another: all of them leave at the same step.
+
+        Called between steps and micro-batches, and inside sampling, rewards and evaluation.
+
+        Args:
+            boundary: every process calls this at the same place, so that they decide it there. Collective.
+
+        Raises:
+            Interrupted: after a signal.
+        """
+        if self.signals.asked(self, everywhere=boundary):
             raise Interrupted(self.step)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
@@ -571,23 +579,6 @@ class Trainer:
     def _call(self, event: str, values: Mapping[str, Any]) -> None:
         for callback in self.callbacks:
             callback(event, self, values)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Any:
-        """SIGTERM and SIGUSR1 set a flag; the loop saves and stops at the next safe place."""
-
-        def note(number: int, frame: Any) -> None:
-            self._signalled = number
-
-        try:
-            previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        except ValueError:  # not the main thread: signals belong to the caller
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _finite(value: float) -> bool:

@@ -76,6 +76,8 @@ class Batch:
         returns: ``[B, T]`` regression targets of the critic.
         labels: ``[B]`` bool, True = desirable (unpaired preferences).
         extras: further per-row tensors (``[B]`` or ``[B, T]``) that an objective may name as parameters.
+        behaviour_states: ``[B, T, D]`` the same of the policy that sampled, kept where an objective needs its distribution
+            more than once.
 
     Raises:
         ValueError: when shapes or dtypes do not fit, or a stored tensor requires grad.
@@ -96,6 +98,7 @@ class Batch:
     returns: Float[Tensor, "B T"] | None = None
     labels: Bool[Tensor, " B"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    behaviour_states: Float[Tensor, "B T D"] | None = None
 
     def __post_init__(self) -> None:
         _check.bool_mask(self.prompt_mask, self.prompt_ids, name="prompt_mask", like_name="prompt_ids")
@@ -110,11 +113,12 @@ class Batch:
             tensor = getattr(self, name)
             if tensor is not None:
                 _check.rows(self.completion_ids, count_name="completion_ids", **{name: tensor})
-        if self.ref_states is not None and self.ref_states.shape[:-1] != self.completion_ids.shape:
-            raise ValueError(
-                f"ref_states must be [B, T, D] with [B, T] = {list(self.completion_ids.shape)}, got "
-                f"{list(self.ref_states.shape)}"
-            )
+        for name in ("ref_states", "behaviour_states"):
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.ndim != 3 or tensor.shape[:2] != self.completion_ids.shape):
+                raise ValueError(
+                    f"{name} must be [B, T, D] with [B, T] = {list(self.completion_ids.shape)}, got {list(tensor.shape)}"
+                )
         if self.advantages is not None:
             _check.tokens_or_rows(self.completion_ids, advantages=self.advantages)
         for name, tensor in self._row_tensors().items():
@@ -268,6 +272,7 @@ class Batch:
 
     def _row_tensors(self) -> dict[str, Tensor]:
         """Every optional per-row tensor that is present, by name, extras included."""
-        optional = ("rewards", "old_logps", "ref_logps", "ref_states", "advantages", "values", "returns", "labels")
+        sampled = ("rewards", "old_logps", "ref_logps", "ref_states", "behaviour_states", "values", "labels")
+        optional = (*sampled, "advantages", "returns")
         present = {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         return {**present, **self.extras}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -100,3 +102,14 @@ def test_a_head_that_trains_is_refused() -> None:
     leaves(inputs, "weight")
     with pytest.raises(ValueError, match="cannot give the head a gradient"):
         linear_logps(**inputs, plan="attention")
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 30.0])
+def test_what_rounding_loses_leads_past_no_bound(scale) -> None:
+    """The likeliest id as target: its log-prob is next to 0, the difference of two numbers of the logits' size."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(256, 64, generator=g), torch.randn(500, 64, generator=g) * scale
+    out = linear_logps(hidden, weight, (hidden @ weight.T).argmax(-1), want=BOTH, plan="attention")
+    assert (out.logps <= 0).all()
+    assert (out.entropy >= 0).all()
+    assert (out.entropy <= math.log(500) * (1 + 1e-6)).all()

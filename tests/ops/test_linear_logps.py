@@ -350,3 +350,19 @@ def test_tile_plan_refuses_a_trainable_head() -> None:
     leaves(made, "weight")
     with pytest.raises(ValueError, match="plan 'tile' cannot give the head a gradient"):
         linear_logps(**made, plan="tile")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_linearity_ties_each_output_to_another_gradient(plan) -> None:
+    """Without bias and cap the logits are linear in h (Euler): with E_p[W] = W_t - dlogp_t/dh,
+
+    entropy = lse - E_p[W].h = dlogp/dh . h - logp, and KL = (logp - ref_logp) - dlogp/dh . (h - h_ref).
+    """
+    made = problem(9, 5, 30, bias=False, scale=1.5)
+    (hidden,) = leaves(made, "hidden")
+    out = linear_logps(**made, want=ALL, plan=plan, chunk=(4, 7))
+    (slope,) = torch.autograd.grad(out.logps.sum(), hidden)
+    assert out.kl.min() > 1e-3
+    close(out.entropy.detach(), (slope * hidden.detach()).sum(-1) - out.logps.detach())
+    away = (slope * (hidden.detach() - made["ref_hidden"])).sum(-1)
+    close(out.kl.detach(), out.logps.detach() - out.ref_logps - away)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,7 +105,7 @@ def test_nothing_larger_than_a_tile_or_a_basis_is_allocated(plan, own_head, soft
     n, d, v, chunk = 64, 8, 1000, (16, 50)
     made = problem(n, d, v, dtype=dtype, own_head=own_head)
     inputs = leaves(made, *(["hidden"] if plan == "tile" else ["hidden", "weight", "bias"]))
-    allowed = max(chunk[0] * chunk[1], n * d)
+    allowed = max(chunk[0] * chunk[1], n * d, v)  # v: the bias, one number for each id
     if plan == "recompute":
         allowed = max(allowed, v * d)  # the gradient of the head itself
     with Largest() as largest:
@@ -114,6 +116,38 @@ def test_nothing_larger_than_a_tile_or_a_basis_is_allocated(plan, own_head, soft
         with Largest() as largest:
             linear_logps(**made, want=ALL, grad=GRADS, plan="dense")
         assert largest.elements >= n * v  # the measurement can tell
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made by operators held at one time, by storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given | self.alive.keys():
+                storage = t.untyped_storage()
+                self.alive[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize(("softcap", "tiles"), [(None, 5), (5.0, 6)])
+def test_the_joint_op_holds_few_tiles_and_two_rows_of_derivatives(softcap, tiles) -> None:
+    n, d, v, chunk = 96, 8, 4000, (64, 500)
+    made = problem(n, d, v, dtype=torch.float32)
+    leaves(made, "hidden")
+    with Held() as held:
+        out = linear_logps(**made, softcap=softcap, want=ALL, grad=frozenset({"logps", "kl"}), plan="tile", chunk=chunk)
+        assert out.kl is not None
+    tile, rows = 4 * chunk[0] * chunk[1], 4 * n * d
+    assert tiles * tile <= held.most <= tiles * tile + 8 * rows + 2 * 4 * v
 
 
 def test_a_tile_of_the_head_gradient_is_float32_whatever_the_head() -> None:

@@ -230,3 +230,39 @@ def test_a_lost_process_is_named(tmp_path: Path, said: str) -> None:
     lost_peer(trainer, TrainingError(f"explained already: {said}"))
     trainer.world_size = 1
     lost_peer(trainer, wrapped)
+
+
+def test_a_signal_inside_a_step_is_answered_before_the_next_micro_batch(tmp_path: Path) -> None:
+    extra = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run(tmp_path / "whole", **extra).train()
+    cut, passes = run(tmp_path / "cut", **extra), [0]
+    compute = cut.compute_loss
+
+    def signalled(*arguments: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 6:  # the second micro-batch of step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*arguments)
+
+    cut.compute_loss = signalled
+    with pytest.raises(Interrupted, match="after step 1"):
+        cut.train()
+    assert passes == [6]
+    assert all(p.grad is None for p in cut.policy.parameters())
+    assert newest(tmp_path / "cut") == 1
+    run(tmp_path / "cut", **extra).train()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_a_trainer_that_was_stopped_goes_on_to_the_end(tmp_path: Path) -> None:
+    """The same object: a signal that was answered does not stop it again."""
+    run(tmp_path / "whole").train()
+    cut = run(tmp_path / "cut")
+    cut.callbacks.append(
+        lambda event, t, values: os.kill(os.getpid(), signal.SIGTERM) if (event, t.step) == ("step", 2) else None
+    )
+    with pytest.raises(Interrupted, match="after step 2"):
+        cut.train()
+    cut.train()
+    assert cut.step == 5
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlft.metrics import comparable, read_metrics
 from rlft.models import LoraSettings, Policy, add_lora
 from rlft.report.shares import NAMES, draw_shares, phase_seconds, share_table
-from rlft.run import floor
+from rlft.run import display, floor
 from rlft.run import meter as _meter
 from tests.test_trainer import PAIRS, PROMPTS, digits_reward, trainer
 from tests.tiny import random_batch, tiny_llama
@@ -357,3 +358,42 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     assert "forward and backward" in page
     assert "meter/share/other" not in page.split("Every metric")[0]
     assert (tmp_path / "run" / "report-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_live_line_by_hand() -> None:
+    values = {
+        "loss": 1.0,
+        "meter/share/sample": 0.25,
+        "meter/share/forward_backward": 0.6,
+        "meter/share/save": 0.001,
+        "meter/trained_tokens_per_second": 12345.0,
+        "meter/sampled_tokens_per_second": 800.0,
+        "meter/peak_memory_gib": 1.5,
+        "padding_efficiency": 0.97,
+        "prompt_sharing": 2.416,
+        "meter/mfu": 0.41,
+        "meter/fraction_of_floor": 0.62,
+    }
+    assert display.meter_line(values) == (
+        "forward and backward 60%, sample 25% | 12.3k tok/s trained | 800 sampled | 97% of computed tokens exist | "
+        "sharing prompts saves 2.42x | 1.5 GiB | MFU 41% | 62% of what the device could do"
+    )
+    assert display.meter_line({"loss": 1.0, "prompt_sharing": 1.0}) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_is_shown_while_a_run_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    run = trainer(tmp_path, "grpo", PROMPTS, reward=digits_reward, max_steps=2, disable_tqdm=False)
+    run.train()
+    shown = capsys.readouterr()
+    text = shown.err if terminal else shown.out
+    assert re.search(r"forward and backward \d+%", text)
+    assert re.search(r"tok/s trained", text)
+    assert re.search(r"\d+% of computed tokens exist", text)
+    assert re.search(r"[KMG]i?B", text)

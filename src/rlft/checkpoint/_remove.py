@@ -33,16 +33,18 @@ def rotate(
     """Delete all but the newest ``keep`` checkpoints.
 
     Never deleted: the newest one saved as best, those in ``protect``, those of a newer format, and at least one that
-    was verified to the last byte. Damaged ones do not count as kept, and go once ``keep`` sound ones are newer.
+    verifies to the last byte: before anything goes, one of those that stay is read back. Damaged ones do not count as kept,
+    and go once ``keep`` sound ones are newer.
 
     Args:
         run_dir: folder of the run.
         keep: how many to keep, >= 1.
         protect: folders to keep besides.
-        verified: folders just written or verified, which need not be hashed again; kept as well.
+        verified: folders just read back, which need not be hashed again; kept as well.
 
     Returns:
-        The deleted folders. A folder that cannot be deleted is left, with a :class:`CheckpointWarning`.
+        The deleted folders. A folder that cannot be deleted is left, with a :class:`CheckpointWarning`; so is the newest
+        one that verifies, where none of those that stay does.
 
     Raises:
         ValueError: when ``keep`` is not an integer >= 1.
@@ -67,23 +69,25 @@ def rotate(
             kept.add(path.name)
         best_seen |= best
         sound.append(path)
-    doomed += [path for path in sound if path.name not in kept]
+    doomed = [path for path in (*doomed, *sound) if path.name not in kept]
     if doomed and not verified:
-        kept |= {_newest_verified(sound)}
-    doomed = [path for path in doomed if path.name not in kept]
+        staying = [path for path in sound if path.name in kept]
+        last = _newest_verified([*staying, *(path for path in sound if path.name not in kept)])
+        doomed = [path for path in doomed if path != last]
     for path in doomed:
         retire("checkpoint.rotate", path)
     return doomed
 
 
-def _newest_verified(sound: list[Path]) -> str:
+def _newest_verified(sound: list[Path]) -> Path | None:
     for path in sound:
         try:
             verify_in_run(path)
-            return path.name
-        except CheckpointError:
-            continue
-    return ""
+            return path
+        except CheckpointError as error:
+            text = f"checkpoint does not read back: {error}; an older one that does is kept"
+            warnings.warn(text, CheckpointWarning, stacklevel=4)
+    return None
 
 
 def discard_newer(run_dir: str | Path, step: int) -> list[Path]:

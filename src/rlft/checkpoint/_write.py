@@ -108,7 +108,7 @@ def save(
         if rank == 0 and work is not None and work.exists():
             clear_away("checkpoint.discard", work)
     if rank == 0 and keep is not None:
-        rotate(run_dir, keep, verified=[final])
+        rotate(run_dir, keep, protect=[final])
     return final
 
 

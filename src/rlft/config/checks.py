@@ -19,6 +19,8 @@ __all__ = ["SELF_CHECKS", "check"]
 SELF_CHECKS = (
     "reference", "padding", "sample", "trainable", "memory", "dry_checkpoint", "first_step", "gradients", "on_policy",
 )  # fmt: skip
+#: What ``accept_changed`` can let pass when a run is resumed.
+CHANGES = ("data", "objective", "rewards", "adapters", "weights")
 #: Beyond these a step overflows float32, or divides rounding errors by next to nothing.
 _LARGEST, _COLDEST = 1e30, 1e-3
 
@@ -76,6 +78,7 @@ def check(config: Config) -> None:
     _check_sizes(config)
     _check_texts(config)
     _check_self_checks(config)
+    _check_accepted(config)
     _check_streaming(config)
     if secrets := secret_keys({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}):
         raise ConfigError(
@@ -239,6 +242,16 @@ def _check_self_checks(config: Config) -> None:
         for name in config.self_checks:
             if name not in SELF_CHECKS:
                 raise ConfigError(f"self_checks has no {name!r}{_check.suggestion(name, SELF_CHECKS)}")
+
+
+def _check_accepted(config: Config) -> None:
+    for name in config.accept_changed:
+        if name not in CHANGES:
+            raise ConfigError(f"accept_changed has no {name!r}{_check.suggestion(name, CHANGES)}")
+    if config.accept_changed and config.resume == "never":
+        raise ConfigError(
+            f"accept_changed={list(config.accept_changed)!r} does nothing with resume: never, which continues no run; drop one"
+        )
 
 
 def _at_least(config: Config, name: str, low: int) -> None:

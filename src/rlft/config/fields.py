@@ -282,6 +282,12 @@ class Config:
     resume: Literal["auto", "never"] | str = _doc(
         "`auto`: continue the run in output_dir; `never`; or a checkpoint.", "auto", group="output", free=True
     )
+    accept_changed: list[str] = _doc(
+        "Resume although these are not what the run was begun with: `data`, `objective`, `rewards`, `adapters`, `weights`.",
+        [],
+        group="output",
+        free=True,
+    )
     report_to: list[str] = _doc("Trackers of accelerate.", ["tensorboard"], group="output", free=True)
     run_name: str | None = _doc("Shown in trackers and reports.", None, group="output", free=True)
     log_completions: int = _doc("Answers printed at each evaluation.", 0, group="output", free=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rlft import _check
 from rlft._workers import check_sendable
+from rlft.data.cells import cells_hash
 from rlft.data.encoding import Encoder, Limits, TruncationMode
 from rlft.data.example import DataWarning, Example
 from rlft.data.formats import check_format, detect_format
@@ -66,6 +67,15 @@ class TokenDataset(Sequence[Example]):
                 digest.update(array("q", completion.ids).tobytes())
                 digest.update(bytes(completion.mask))
         return digest.hexdigest()
+
+    def column_fingerprint(self, name: str) -> str:
+        """A hash of one column as it was read, in the order of the examples.
+
+        Args:
+            name: of the column; ``prompt`` is the whole prompt, also where its tokens were cut. A row without the column
+                counts as one that holds None.
+        """
+        return cells_hash(e.prompt if name == "prompt" else e.columns.get(name) for e in self.examples)
 
 
 def tokenize(

@@ -170,6 +170,10 @@ class StreamedDataset:
         """A hash of the first rows: a stream cannot be known to its end."""
         return "stream-" + TokenDataset(self.examples, self.format, self.report).fingerprint
 
+    def column_fingerprint(self, name: str) -> str:
+        """As of :class:`TokenDataset`, of the first rows."""
+        return TokenDataset(self.examples, self.format, self.report).column_fingerprint(name)
+
 
 class _AllRead(Exception):
     """The rows came to their end."""

@@ -414,6 +414,11 @@ class Policy(TrainableModule):
         """
         self._reference.update(mix)
 
+    def unsaved_state(self) -> dict[str, Tensor]:
+        """As of :class:`~rlft.models.trainable.TrainableModule`, without the reference's own tensors, which are saved."""
+        saved = {id(t) for t in self._reference.own().values()}
+        return {name: t for name, t in super().unsaved_state().items() if id(t) not in saved}
+
     def reference_state(self) -> dict[str, Tensor]:
         """The reference's own tensors, for a checkpoint; empty for ``none``, ``adapter_off`` and ``model``."""
         return self._reference.state()

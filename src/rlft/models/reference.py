@@ -78,15 +78,15 @@ class Reference:
             raise ValueError(f"the reference ({self.kind}) cannot be updated: {why[self.kind]}")
         assert self._policy is not None
         policy = dict(self._policy.named_parameters(remove_duplicate=False))
-        adapters.mix([(policy[name], reference) for name, reference in self._own().items()], mix)
+        adapters.mix([(policy[name], reference) for name, reference in self.own().items()], mix)
 
     def state(self) -> dict[str, Tensor]:
         """The reference's own tensors by name; empty for kinds that are rebuilt from the model itself."""
-        return {name: full_copy(reference) for name, reference in self._own().items()}
+        return {name: full_copy(reference) for name, reference in self.own().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state`; refuses other names or shapes."""
-        load_tensors(self._own(), state, what=f"reference ({self.kind})")
+        load_tensors(self.own(), state, what=f"reference ({self.kind})")
 
     def identity(self, policy: nn.Module) -> tuple[list[Any], dict[str, Tensor]]:
         """What decides its log-probs: configs as plain values, and every tensor by name.
@@ -104,7 +104,7 @@ class Reference:
             configs.append(model.peft_config[adapters.REFERENCE].to_dict())
         return configs, tensors
 
-    def _own(self) -> dict[str, Tensor]:
+    def own(self) -> dict[str, Tensor]:
         """The reference's tensors, by the name of the policy's tensor each one mirrors."""
         holder = self._policy if self.model is None else self.model
         theirs = dict(holder.named_parameters(remove_duplicate=False)) if holder is not None else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlft import _check
 from rlft.models.attention import DEVICES, NoKernelError
+from rlft.models.float32_view import difference
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.shared import SharedRows, build_shared, why_not
 from rlft.ops.dense import transform
@@ -202,9 +203,8 @@ class CausalScorer:
         none = steps[:0]
         probe = Rows(ids, ones, steps[None], none, none, none, steps[-1:], ones.bool())
         with torch.no_grad(), _evaluating(self.model):
-            truth = self._full_logits(probe)
-            _finite(truth, self.base)
-            self.path = self._agreeing_path(probe, truth)
+            _finite(self._full_logits(probe), self.base)
+            self.path = self._agreeing_path(probe)
             if self.layout != "padded":
                 self._ensure_shared(ids)
 
@@ -225,15 +225,16 @@ class CausalScorer:
         assert shared is not None
         run = self._full_logits if self.path == "logits" else self._hidden
         try:
-            with torch.autocast(ids.device.type, enabled=False):  # rounding would hide what is looked for
-                truth, mine = rows.gather(run(rows)).double(), shared.gather(run(shared))
+            worst = difference(
+                self.model,
+                lambda: (rows.gather(run(rows)), shared.gather(run(shared))),
+                device=ids.device,
+                layers=getattr(self.base.config.get_text_config(), "num_hidden_layers", 1),
+            )
         except Exception as error:  # whatever the model does with its mask: it is found here, not while training
             self._cannot_share(f"it stopped with {type(error).__name__}: {error}")
         else:
-            worst = float(((mine.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)).max())
-            eps = torch.finfo(mine.dtype).eps
-            # rounding grows through the layers; a mask that is not honoured changes a tenth and more
-            if not worst <= min(4096 * eps, max(32 * eps, 0.01)):
+            if worst is not None:
                 self._cannot_share(f"its hidden states differ by {worst:.1e} of their size")
 
     def _cannot_share(self, why: str) -> None:
@@ -244,23 +245,14 @@ class CausalScorer:
             stacklevel=2,
         )
 
-    def _agreeing_path(self, probe: Rows, truth: Tensor) -> str:
+    def _agreeing_path(self, probe: Rows) -> str:
         name = type(self.base).__name__
         if self.trunk is None or self.head_module is None:
             warnings.warn(f"{name} has no separate trunk and head; its full logits are used (slower)", stacklevel=2)
             return "logits"
-        low = torch.finfo(truth.dtype)
-        tolerance = 32 * low.eps * max(1.0, float(truth.abs().max()))
-        hidden = self._hidden(probe)
-        head = self.matrix_head()
-        if head is not None:
-            raw = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-            mine = transform(raw, logit_scale=head.logit_scale, softcap=head.softcap)
-            if mine.shape == truth.shape and float((mine - truth).abs().max()) <= tolerance:
-                return "matrix"
-        self.path = "module"
-        mine = self.logits(hidden)
-        if mine.shape == truth.shape and float((mine - truth).abs().max()) <= tolerance:
+        if self.matrix_head() is not None and self._agrees(probe, self._by_matrix):
+            return "matrix"
+        if self._agrees(probe, self.logits):
             return "module"
         warnings.warn(
             f"{name}: hidden states times head differ from the model's own logits, so its full logits are used "
@@ -268,6 +260,18 @@ class CausalScorer:
             stacklevel=2,
         )
         return "logits"
+
+    def _agrees(self, probe: Rows, head: Callable[[Tensor], Tensor]) -> bool:
+        def compute() -> tuple[Tensor, Tensor]:
+            return self._full_logits(probe), head(self._hidden(probe))
+
+        return difference(self.model, compute, device=probe.input_ids.device, layers=1) is None
+
+    def _by_matrix(self, states: Tensor) -> Tensor:
+        head = self.matrix_head()
+        assert head is not None
+        raw = torch.nn.functional.linear(states.to(head.weight.dtype), head.weight, head.bias)
+        return transform(raw, logit_scale=head.logit_scale, softcap=head.softcap)
 
 
 @contextlib.contextmanager

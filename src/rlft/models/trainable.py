@@ -25,6 +25,11 @@ class TrainableModule(nn.Module):
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         load_tensors(own, state, what="trainable state")
 
+    def unsaved_state(self) -> dict[str, Tensor]:
+        """The tensors that no checkpoint holds, by name and not copied: they come from where the model comes from."""
+        named = self.state_dict(keep_vars=True)
+        return {name: t for name, t in named.items() if isinstance(t, Tensor) and not t.requires_grad}
+
     def reference_state(self) -> dict[str, Tensor]:
         """The tensors of a reference that belongs to the module; empty where there is none."""
         return {}

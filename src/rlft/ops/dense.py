@@ -34,7 +34,7 @@ def logits_logps(
     """Log-probs, entropy and exact KL of final logits, by plain autograd in float32 (float64 stays).
 
     Args:
-        logits: ``[N, V]`` as the model returns them (caps and scales applied).
+        logits: ``[N, V]`` as the model returns them (caps and scales applied); -inf forbids an id.
         targets: ``[N]`` token ids.
         ref_logits: ``[N, V]`` of the reference; a constant.
         temperature: divides both logits.
@@ -49,8 +49,9 @@ def logits_logps(
         values: dict[str, Tensor] = {}
         if "logps" in want:
             values["logps"] = logp.gather(-1, targets[:, None]).squeeze(-1)
+        p = logp.exp()
         if "entropy" in want:
-            values["entropy"] = -(logp.exp() * logp).sum(-1)
+            values["entropy"] = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)  # 0 log 0 is 0
         if want & {"ref_logps", "kl"}:
             assert ref_logits is not None
             ref_logp = torch.log_softmax(_check.upcast(ref_logits.detach()) / temperature, -1)
@@ -58,9 +59,8 @@ def logits_logps(
                 values["ref_logps"] = ref_logp.gather(-1, targets[:, None]).squeeze(-1)
             if "kl" in want:
                 # sum p (e^x - 1 - x) with x = log q/p: every term is >= 0, so nothing cancels at small KL.
-                x = ref_logp - logp
-                p = logp.exp()
-                mass = torch.where(x > _FAR, ref_logp.exp(), p * torch.expm1(x.clamp(max=_FAR)))
+                x = torch.where(p > 0, ref_logp - logp, 0.0)
+                mass = torch.where((x > _FAR) | (p == 0), ref_logp.exp(), p * torch.expm1(x.clamp(max=_FAR)))
                 values["kl"] = (mass - p * x).sum(-1)
         for name in values.keys() - grad:
             values[name] = values[name].detach()

@@ -7,6 +7,7 @@ torch's kernel has no second operand for a reference, no bias and no soft cap.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ class AttentionPlan(torch.autograd.Function):
             mean, lse = torch.zeros_like(p.hidden), p.hidden.new_zeros(0)
         target = p.weight[p.targets]
         values = {
-            "logps": torch.linalg.vecdot(p.hidden, target) * p.pre - lse,
-            "entropy": (lse - torch.linalg.vecdot(p.hidden, mean) * p.pre).clamp(min=0.0),
+            # Differences of numbers of the logits' size: what is lost there may lead past what can be.
+            "logps": (torch.linalg.vecdot(p.hidden, target) * p.pre - lse).clamp(max=0.0),
+            "entropy": (lse - torch.linalg.vecdot(p.hidden, mean) * p.pre).clamp(0.0, math.log(p.weight.shape[0])),
         }
         ctx.set_materialize_grads(False)
         ctx.names = want

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -25,8 +26,11 @@ PLANS: tuple[str, ...] = get_args(Plan)
 QUANTITIES: tuple[str, ...] = ("logps", "ref_logps", "entropy", "kl")
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "entropy", "kl")
 
-# Rows x vocabulary entries of one tile. 8 MB in float32: fits a processor's cache, and is long enough for a GEMM.
-DEFAULT_CHUNK: tuple[int, int] = (512, 4096)
+# Rows x vocabulary entries of one tile. 2 MB in float32: fits a processor's cache, and is long enough for a GEMM (larger
+# tiles are no faster and hold more memory, of which the joint op has five tiles).
+DEFAULT_CHUNK: tuple[int, int] = (256, 2048)
+# What -inf becomes as a bias: no probability is left, and products with it are numbers.
+_FORBIDDEN = -1e9
 # On CUDA a tile must outlast the launch of its kernels, and fill every multiprocessor: 268 MB in float32.
 CUDA_CHUNK: tuple[int, int] = (4096, 16384)
 
@@ -65,7 +69,7 @@ def linear_logps(
         targets: ``[N]`` token ids, ``0 <= id < V``.
         ref_hidden: ``[N, Dr]`` the reference's hidden states; needed for ``ref_logps`` and ``kl``. A constant.
         ref_weight: ``[V, Dr]`` the reference's head; None means the policy's own (and its bias). A constant.
-        bias: ``[V]`` the head's bias.
+        bias: ``[V]`` the head's bias; -inf forbids an id (log-prob -inf, and no share in entropy and KL).
         ref_bias: ``[V]`` bias of ``ref_weight``.
         temperature: divides the logits, > 0.
         logit_scale: factor of the raw logits (Cohere ``logit_scale``, Granite ``1 / logits_scaling``).
@@ -80,8 +84,8 @@ def linear_logps(
             kernels have agreed with torch's operators on a small problem; ``compiled`` is the same with kernels that
             torch.compile makes on first use, for any device (tens of seconds once; then the fastest on a processor);
             ``attention`` is one call of flash attention over the head (CPU; log-probs and entropy of small problems).
-        chunk: rows and vocabulary entries of one tile; None: 512 and 4096, on CUDA 4096 and 16384. Changes speed and
-            memory, results only by rounding.
+        chunk: rows and vocabulary entries of one tile; None: 256 and 2048, on CUDA 4096 and 16384. Changes speed and
+            memory (at most five tiles are held, six with a soft cap), results only by rounding.
 
     Returns:
         :class:`HeadOutputs`, ``[N]`` each, float32 or float64; None where not wanted.
@@ -149,11 +153,11 @@ def linear_logps(
     problem = Problem(
         hidden=hidden.detach(),
         weight=weight.detach(),
-        bias=None if bias is None else bias.detach(),
+        bias=_finite(bias, hidden),
         targets=targets,
         ref_hidden=ref_h,
         ref_weight=ref_w,
-        ref_bias=ref_b,
+        ref_bias=_finite(ref_b, hidden),
         pre=logit_scale / (temperature if softcap is None else softcap),
         post=None if softcap is None else softcap / temperature,
         chunk=(chunk[0], chunk[1]),
@@ -168,7 +172,21 @@ def linear_logps(
         computed = TilePlan.apply(hidden, problem, names, declared)
     else:
         computed = RecomputePlan.apply(hidden, weight, bias, problem, names, declared)
-    return finish(dict(zip(names, computed, strict=True)), grad, (hidden, weight, bias))
+    values = dict(zip(names, computed, strict=True))
+    own_bias = ref_b if ref_weight is not None else bias
+    for name, forbidden in (("logps", bias), ("ref_logps", own_bias)):
+        if name in values and forbidden is not None and softcap is None:  # a capped logit is never -inf
+            none = forbidden.detach()[targets].isneginf()
+            if bool(none.any()):
+                values[name] = values[name].masked_fill(none, -math.inf)
+    return finish(values, grad, (hidden, weight, bias))
+
+
+def _finite(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """A forbidden id's bias as a finite number that leaves it no probability: 0 * inf must not arise."""
+    if bias is None:
+        return None
+    return bias.detach().to(torch.promote_types(hidden.dtype, torch.float32)).clamp(min=_FORBIDDEN)
 
 
 def _check_names(want: frozenset[str], grad: frozenset[str], plan: str, ref_hidden: Tensor | None) -> None:

@@ -51,7 +51,8 @@ def log_ratio_moments(
             return torch.log_softmax(_check.upcast(raw) / temperature, -1)
 
         logp = log_probs(logits)
-        x = logp - log_probs(ref_logits.detach())
+        ref = log_probs(ref_logits.detach())
+        x = torch.where(logp.isneginf() & ref.isneginf(), 0.0, logp - ref)  # ids that both forbid
         found: dict[str, Tensor] = {}
         if under_mu and behaviour_logits is not None:
             mu = log_probs(behaviour_logits.detach()).exp()

@@ -241,7 +241,7 @@ class Rows:
         e = torch.exp(z, out=space.get("e", n, v)) if wants_z else z.exp_()
         if wants_z:
             moved = torch.zeros_like(shift) if self.first else self.q + shift * self.s
-            self.q = rescale * moved + torch.linalg.vecdot(e, z)
+            self.q = rescale * moved + torch.mul(e, z, out=space.get("psi", n, v)).sum(-1)
             if self.ez_w is not None:
                 assert self.e_w is not None
                 self.ez_w.addcmul_(shift[:, None], self.e_w).mul_(rescale[:, None])

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlft.rollout.draw import draw, filter_logits, greedy
-from rlft.rollout.randomness import row_keys, uniforms
+from rlft.rollout.randomness import row_keys
+from rlft.rollout.row_settings import Chooser, RowSettings
 from rlft.rollout.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class DecodeLoop:
         model: a transformers causal language model, in evaluation mode and without gradient.
         prompts: token ids, none empty.
         n: completions per prompt.
-        params: how to draw.
+        params: how to draw, for each prompt.
         seed: see :func:`rlft.rollout.randomness.row_keys`.
         slots: the most rows that live at once.
         max_prefill_tokens: prompt tokens, padding included, in one prefill (at least one prompt always goes).
-        end_ids: tokens that end a row, besides those of ``params``.
+        end_ids: tokens that end every row, besides those of its ``params``.
         pad_id: any id; it fills prompts on the left and is masked.
         decode: scores the next token of live rows; default: the model's forward does.
     """
@@ -65,7 +65,7 @@ class DecodeLoop:
         model: Any,
         prompts: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: Sequence[SamplingParams],
         *,
         seed: int,
         slots: int,
@@ -77,7 +77,7 @@ class DecodeLoop:
         from rlft.rollout.row_cache import RowCache
         from rlft.rollout.shared_rows import SharedRows, can_share
 
-        self.model, self.prompts, self.n, self.params, self.pad_id = model, prompts, n, params, pad_id
+        self.model, self.prompts, self.n, self.pad_id = model, prompts, n, pad_id
         self.max_prefill_tokens, self.decode = max_prefill_tokens, decode
         self.device = device = model.device
         total = len(prompts) * n
@@ -90,8 +90,8 @@ class DecodeLoop:
         self.own = RowCache(layers, self.slots) if self.shared is None else self.shared.own
         self.cache = self.shared or self.own
         self.accepts = set(inspect.signature(model.forward).parameters)
-        self.end_ids = sorted({*end_ids, *params.stop_token_ids})
-        self.ends: Tensor | None = None  # [V] whether a token ends a row
+        self.settings = RowSettings(params, n, end_ids=end_ids, vocab=self.vocab, device=device)
+        self.chooser: Chooser | None = None  # of the live rows, while they stay where they are
         self.keys = row_keys(seed, len(prompts), n).to(device)
         # Longest prompts first: equal lengths meet in a prefill, and rows rarely have to move right for a later one.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p)))
@@ -104,10 +104,10 @@ class DecodeLoop:
         self.count = torch.zeros_like(self.row)
         self.token = torch.zeros_like(self.row)
         self.seen: Tensor | None = None
-        if params.repetition_penalty != 1.0:
+        if self.settings.penalises:
             self.seen = torch.zeros(self.slots, self.vocab, dtype=torch.bool, device=device)
         # Per row of the result; columns are added as rows grow.
-        self.ids = torch.zeros(total, min(params.max_new_tokens, 64), dtype=torch.long, device=device)
+        self.ids = torch.zeros(total, min(self.settings.longest, 64), dtype=torch.long, device=device)
         self.logps = torch.zeros_like(self.ids, dtype=torch.float32)
         self.length = torch.zeros(total, dtype=torch.long, device=device)
         self.finished = torch.zeros(total, dtype=torch.bool, device=device)
@@ -192,7 +192,7 @@ class DecodeLoop:
 
         held = lengths if self.shared is None else torch.zeros_like(lengths)
         columns = self._fit(int(held.max()))
-        reserve = min(self.params.max_new_tokens, _RESERVE)
+        reserve = min(self.settings.longest, _RESERVE)
         if self.shared is not None:
             names = [row // self.n for row in rows]
             self.shared.admit(
@@ -208,7 +208,7 @@ class DecodeLoop:
             for slot, row in zip(range(new.start, new.stop), rows, strict=True):
                 self.seen[slot] = False
                 self.seen[slot, torch.tensor(self.prompts[row // self.n], device=self.device)] = True
-        self.live = new.stop
+        self.live, self.chooser = new.stop, None
         self._choose(new.start, group.logits[source])
 
     def _fit(self, incoming: int) -> int:
@@ -250,12 +250,12 @@ class DecodeLoop:
         """Draw a token for the slots from ``first`` to the last live one, record it, and free slots of rows that end."""
         here = slice(first, self.live)
         seen = self.seen[here] if self.seen is not None else None
-        scores = filter_logits(logits, self.params, seen)
         rows, count = self.row[here], self.count[here]
-        if self.params.greedy:
-            tokens, logps = greedy(scores)
-        else:
-            tokens, logps = draw(scores, uniforms(self.keys[rows], count))
+        chooser = self.chooser
+        if chooser is None:
+            chooser = self.settings.chooser(rows)
+            self.chooser = None if first else chooser
+        tokens, logps = chooser(logits, seen, self.keys[rows], count)
         self._widen()
         self.ids[rows, count] = tokens
         self.logps[rows, count] = logps.float()
@@ -264,22 +264,17 @@ class DecodeLoop:
         self.token[here] = tokens
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        if self.ends is None:
-            self.ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
-            known = [token for token in self.end_ids if token < len(self.ends)]
-            self.ends[torch.tensor(known, dtype=torch.long, device=self.device)] = True
-        stopped = self.ends[tokens]
-        self.finished[rows] = stopped
-        ended = (stopped | (count >= self.params.max_new_tokens)).nonzero()[:, 0].tolist()
+        self.finished[rows], ends = self.settings.ended(rows, tokens, count)
+        ended = ends.nonzero()[:, 0].tolist()
         if ended:
             self._drop([first + slot for slot in ended])
 
     def _widen(self) -> None:
         """Room for one more token in the results."""
-        self.longest = min(self.longest + 1, self.params.max_new_tokens)
+        self.longest = min(self.longest + 1, self.settings.longest)
         width = self.ids.shape[1]
         if self.longest > width:
-            more = min(2 * width, self.params.max_new_tokens) - width
+            more = min(2 * width, self.settings.longest) - width
             self.ids = torch.nn.functional.pad(self.ids, (0, more))
             self.logps = torch.nn.functional.pad(self.logps, (0, more))
 
@@ -293,7 +288,7 @@ class DecodeLoop:
         for state in (self.row, self.start, self.before, self.count, self.token, self.seen):
             if state is not None:
                 state[target] = state[source]
-        self.live = rows
+        self.live, self.chooser = rows, None
         if rows and not self._left():
             columns = self._fit(0)
             if columns != self.cache.columns:

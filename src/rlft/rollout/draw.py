@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlft.rollout.types import SamplingParams
 
-__all__ = ["draw", "filter_logits", "greedy", "penalise"]
+__all__ = ["draw", "filter_logits", "greedy", "keep_min_p", "keep_top_k", "keep_top_p", "penalise"]
 
 _BLOCK = 256
 
@@ -35,23 +35,42 @@ def filter_logits(
     if params.temperature != 1.0:
         logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=False)
-        # Summed from the least likely up, so that a tail of tiny probabilities is not lost beside a large sum.
-        dropped = ordered.softmax(-1).cumsum(-1) <= 1.0 - params.top_p
-        dropped[:, -1] = False
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+        logits = keep_top_p(logits, 1.0 - params.top_p)
     if params.min_p > 0.0:
-        probs = logits.softmax(-1)
-        top, best = probs.max(-1, keepdim=True)
-        dropped = (probs < params.min_p * top).scatter(-1, best, False)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        logits = keep_min_p(logits, params.min_p)
     return logits
 
 
-def penalise(logits: Float[Tensor, "B V"], penalty: float, seen: Bool[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+def keep_top_k(
+    logits: Float[Tensor, "B V"], largest: int, k: Int[Tensor, "B 1"] | None = None
+) -> Float[Tensor, "B V"]:
+    """-inf for all but the ``k`` most likely tokens of each row, ``k`` between 1 and ``largest``; without it, ``largest``."""
+    highest = logits.topk(largest, dim=-1).values
+    kth = highest[:, -1:] if k is None else highest.gather(-1, k - 1)
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "B V"], rest: float | Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+    """-inf for the least likely tokens, as many as have a probability of at most ``rest`` together: 1 - top-p."""
+    ordered, order = logits.sort(dim=-1, descending=False)
+    # Summed from the least likely up, so that a tail of tiny probabilities is not lost beside a large sum.
+    dropped = ordered.softmax(-1).cumsum(-1) <= rest
+    dropped[:, -1] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+
+
+def keep_min_p(logits: Float[Tensor, "B V"], share: float | Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+    """-inf for tokens less likely than ``share`` times the most likely one."""
+    probs = logits.softmax(-1)
+    top, best = probs.max(-1, keepdim=True)
+    return logits.masked_fill((probs < share * top).scatter(-1, best, False), -torch.inf)
+
+
+def penalise(
+    logits: Float[Tensor, "B V"], penalty: float | Float[Tensor, "B 1"], seen: Bool[Tensor, "B V"]
+) -> Float[Tensor, "B V"]:
     """Make seen tokens less likely: positive logits are divided by ``penalty``, negative ones multiplied.
 
     References:

@@ -12,7 +12,7 @@ from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.llama_structure import unknown
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
-from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_adapters
 
 if TYPE_CHECKING:
@@ -115,35 +115,37 @@ class FastSampler(Sampler):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
         prompts = check_request(prompt_ids, n, seed)
+        requests = each_params(params, len(prompts))
         model = generating_model(self.model)
-        check_context(model, prompts, params.max_new_tokens)
+        check_context(model, prompts, [request.max_new_tokens for request in requests])
+        longest = max(len(ids) + request.max_new_tokens for ids, request in zip(prompts, requests, strict=True))
         with sampling_mode(self.model), merged_adapters(model, max_bytes=int(self.merge_limit_mb * 2**20)):
             loop = DecodeLoop(
                 model,
                 prompts,
                 n,
-                params,
+                requests,
                 seed=seed,
                 slots=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
-                decode=self._decode_step(model, prompts, rows=len(prompts) * n, new=params.max_new_tokens),
+                decode=self._decode_step(model, prompts, rows=len(prompts) * n, longest=longest),
             )
             return loop.run(weight_version, poll)
 
-    def _decode_step(self, model: Any, prompts: list[list[int]], *, rows: int, new: int) -> LlamaStep | None:
+    def _decode_step(self, model: Any, prompts: list[list[int]], *, rows: int, longest: int) -> LlamaStep | None:
         """The step that this call decodes with, over the weights of this moment; None for the model's own forward."""
         from rlft.rollout.llama_step import LlamaStep, disagreement
 
-        why = self._found or unknown(model, longest=max(map(len, prompts)) + new)
+        why = self._found or unknown(model, longest=longest)
         step = None
         if not self.own_step:
             why = "own_step=False"

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlft.models.float32_view import difference
 from rlft.ops import gemm
 from rlft.rollout.llama_structure import plain
 from rlft.rollout.prompt_rows import PromptRows
@@ -195,12 +196,32 @@ def disagreement(model: Any, step: LlamaStep, prompts: Sequence[Sequence[int]], 
 
     Three rows, two of them of one prompt, are given the same tokens by both; the model reads the prompts padded.
     """
-    from transformers import DynamicCache
-
     ordered = sorted(prompts, key=len)
     chosen = [list(prompt[-_PROBED:]) for prompt in (ordered[-1], ordered[0])]
+    broken: list[bool] = []
+
+    def compute() -> tuple[Tensor, Tensor]:
+        truth, found = (torch.cat(parts) for parts in zip(*_probed(model, step, chosen, pad_id), strict=True))
+        broken.append(not bool(torch.isfinite(truth).all()))
+        return truth, found
+
+    try:
+        worst = difference(model, compute, device=model.device, layers=len(step.layers))
+    except Exception as failure:  # whatever the model is: it is found here, and its own forward still serves
+        return f"it stopped with {type(failure).__name__}: {failure}"
+    if worst is None or any(broken):  # a broken model is named where a token is drawn
+        return None
+    return f"its logits differ by {worst:.1e} of their size"
+
+
+def _probed(
+    model: Any, step: LlamaStep, chosen: Sequence[Sequence[int]], pad_id: int
+) -> list[tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]]:
+    """Logits by the model and by the step: after the prompts, and after each of some tokens that are added."""
+    from transformers import DynamicCache
+
     device, width = model.device, len(chosen[0])
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in chosen], device=device)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in chosen], device=device)
     start = torch.tensor([width - len(row) for row in chosen], device=device)
     known = DynamicCache()
 
@@ -219,30 +240,20 @@ def disagreement(model: Any, step: LlamaStep, prompts: Sequence[Sequence[int]], 
     lengths = torch.tensor([len(row) for row in chosen], device=device)[source]
     rows = RowCache(len(step.layers), 3)
     shared = SharedRows(len(step.layers), 3, 2) if can_share(device, model.dtype) else None
-    pairs: list[tuple[Tensor, Tensor]] = []  # the model's logits, and the step's
-    try:
-        truth = own(ids)
-        prefilled, found = step.prefill(chosen)
-        pairs.append((truth, found))
-        rows.admit(prefilled, source, columns=width, reserve=_STEPS)
+    truth = own(ids)
+    prefilled, found = step.prefill(chosen)
+    pairs = [(truth, found)]
+    rows.admit(prefilled, source, columns=width, reserve=_STEPS)
+    if shared is not None:
+        names, sizes = source.tolist(), lengths.tolist()
+        shared.admit(prefilled, source, columns=0, reserve=_STEPS, names=names, lengths=sizes)
+    for added in range(_STEPS):
+        # of the prompts, so that every call reads the same tokens, whatever its rounding would choose
+        tokens = torch.tensor([row[-1 - added % len(row)] for row in chosen], device=device)
+        truth = own(tokens[:, None])[source]
+        rows.open(start[source])
+        pairs.append((truth, step(tokens[source], lengths + added, rows)))
         if shared is not None:
-            names, sizes = source.tolist(), lengths.tolist()
-            shared.admit(prefilled, source, columns=0, reserve=_STEPS, names=names, lengths=sizes)
-        for added in range(_STEPS):
-            tokens = truth.argmax(-1)
-            truth = own(tokens[:, None])
-            rows.open(start[source])
-            pairs.append((truth[source], step(tokens[source], lengths + added, rows)))
-            if shared is not None:
-                shared.open(torch.zeros_like(source))
-                pairs.append((truth[source], step(tokens[source], lengths + added, shared)))
-    except Exception as failure:  # whatever the model is: it is found here, and its own forward still serves
-        return f"it stopped with {type(failure).__name__}: {failure}"
-    if not all(torch.isfinite(truth).all() for truth, _ in pairs):
-        return None  # a broken model, which is named where a token is drawn
-    worst = max(float(((b.double() - a).norm(dim=-1) / a.double().norm(dim=-1)).max()) for a, b in pairs)
-    # Rounding grows through the layers (norms are float32 in float64 models too); a wrong position, norm or mask changes
-    # a tenth and more. A NaN fails the comparison.
-    eps = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps)
-    wrong = not worst <= min(4096 * eps, max(32 * eps, 0.01))
-    return f"its logits differ by {worst:.1e} of their size" if wrong else None
+            shared.open(torch.zeros_like(source))
+            pairs.append((truth, step(tokens[source], lengths + added, shared)))
+    return pairs

@@ -37,16 +37,16 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
     """Refuse prompts that the longest completion would push past the model's positions or that are no tokens of it."""
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     vocab = config.vocab_size
-    for index, ids in enumerate(prompts):
-        if limit is not None and len(ids) + max_new_tokens > limit:
+    for index, (ids, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        if limit is not None and len(ids) + new > limit:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} a row may reach "
-                f"{len(ids) + max_new_tokens}, and the model has {limit} positions: lower max_new_tokens or shorten prompts"
+                f"prompt {index} has {len(ids)} tokens; with max_new_tokens={new} a row may reach "
+                f"{len(ids) + new}, and the model has {limit} positions: lower max_new_tokens or shorten prompts"
             )
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(

@@ -16,7 +16,7 @@ from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.fast_sampler import unsupported
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
-from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 
 if TYPE_CHECKING:
     from rlft.models import MovingAverage, Policy
@@ -78,23 +78,25 @@ class MixtureSampler(Sampler):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
         prompts = check_request(prompt_ids, n, seed)
+        requests = each_params(params, len(prompts))
+        lengths = [request.max_new_tokens for request in requests]
         players = self._players()
         with contextlib.ExitStack() as stack:
             for player in players:
-                check_context(generating_model(player.model), prompts, params.max_new_tokens)
+                check_context(generating_model(player.model), prompts, lengths)
                 stack.enter_context(sampling_mode(player.model))
             loop = DecodeLoop(
                 _Mixture(players),
                 prompts,
                 n,
-                params,
+                requests,
                 seed=seed,
                 slots=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
@@ -119,7 +121,7 @@ class AverageSampler(Sampler):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,

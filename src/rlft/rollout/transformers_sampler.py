@@ -14,7 +14,7 @@ from rlft import _check
 from rlft.rollout.draw import draw, greedy, penalise
 from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
 from rlft.rollout.randomness import row_keys, uniforms
-from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 
 __all__ = ["TransformersSampler"]
 
@@ -24,7 +24,8 @@ class TransformersSampler(Sampler):
 
     transformers runs the model, keeps the cache and applies its own filters; the token is drawn here, by a random
     number that belongs to (seed, prompt, sample, position). So a row does not depend on ``max_batch`` or on its batch
-    mates (beyond float rounding in the model), and the global random state is not touched.
+    mates (beyond float rounding in the model), and the global random state is not touched. Requests with other settings
+    run in batches of their own.
 
     Args:
         model: a causal language model or a LoRA PeftModel over one; read at every call, so always the live weights.
@@ -50,23 +51,26 @@ class TransformersSampler(Sampler):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
         prompts = check_request(prompt_ids, n, seed)
+        requests = each_params(params, len(prompts))
         model = generating_model(self.model)
-        check_context(model, prompts, params.max_new_tokens)
+        check_context(model, prompts, [request.max_new_tokens for request in requests])
         keys = row_keys(seed, len(prompts), n).to(model.device)
-        rows = [prompt for prompt in prompts for _ in range(n)]
-        stops = sorted({*self.end_ids, *params.stop_token_ids})
-        found: list[tuple[list[int], list[float], bool]] = []
+        found: list[tuple[list[int], list[float], bool]] = [([], [], False)] * (len(prompts) * n)
         with sampling_mode(self.model), _plain_generation_config(model):
-            for start in range(0, len(rows), self.max_batch):
-                chunk = slice(start, start + self.max_batch)
-                found += self._chunk(model, rows[chunk], keys[chunk], params, stops, poll)
+            for settings in dict.fromkeys(requests):
+                members = [p * n + k for p, request in enumerate(requests) if request == settings for k in range(n)]
+                for start in range(0, len(members), self.max_batch):
+                    chunk = members[start : start + self.max_batch]
+                    drawn = self._chunk(model, [prompts[row // n] for row in chunk], keys[chunk], settings, poll)
+                    for row, result in zip(chunk, drawn, strict=True):
+                        found[row] = result
         ids, logps, finished = (list(column) for column in zip(*found, strict=True))
         return Rollout(ids, logps, finished, weight_version)
 
@@ -76,11 +80,11 @@ class TransformersSampler(Sampler):
         rows: list[list[int]],
         keys: Int[Tensor, " B"],
         params: SamplingParams,
-        stops: list[int],
         poll: Callable[[], None] | None,
     ) -> list[tuple[list[int], list[float], bool]]:
         from transformers import GenerationConfig, LogitsProcessorList
 
+        stops = sorted({*self.end_ids, *params.stop_token_ids})
         width = max(len(ids) for ids in rows)
         input_ids = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in rows], device=model.device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)

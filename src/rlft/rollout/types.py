@@ -107,7 +107,7 @@ class Sampler(Protocol):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,
@@ -118,14 +118,19 @@ class Sampler(Protocol):
         Args:
             prompt_ids: P prompts as token ids, none empty.
             n: completions per prompt.
-            params: how to draw.
+            params: how to draw: the same for all prompts, or one for each.
             seed: the draw is a function of (weights, prompts, params, seed); global random state is not touched.
             weight_version: recorded in the result; a back end with its own copy of the weights refreshes it when the
                 version differs from the last one it saw.
             poll: called about once per generated token; what it raises ends the sampling and comes through.
 
         Returns:
-            ``P * n`` rows, prompt-major.
+            ``P * n`` rows, prompt-major. Each is what it would be if all prompts had its settings.
+
+        Raises:
+            ValueError: for prompts without tokens, params of another number than the prompts, or a row that may grow
+                beyond the model's positions.
+            TypeError: for params that are no ``SamplingParams``.
         """
         ...
 
@@ -143,3 +148,21 @@ def check_request(prompt_ids: Sequence[Sequence[int]], n: int, seed: int) -> lis
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed!r}; make one with fold_seed(seed, rank=..., step=...)")
     return prompts
+
+
+def each_params(params: SamplingParams | Sequence[SamplingParams], prompts: int) -> list[SamplingParams]:
+    """The params of each of so many prompts."""
+    if isinstance(params, SamplingParams):
+        return [params] * prompts
+    found = params if isinstance(params, Sequence) and not isinstance(params, str) else [params]
+    for each in found:
+        if not isinstance(each, SamplingParams):
+            raise TypeError(
+                f"params must be SamplingParams, or a list of one for each prompt, got {type(each).__name__}; "
+                f"write SamplingParams(max_new_tokens, ...)"
+            )
+    if len(params) != prompts:
+        raise ValueError(
+            f"params has {len(params)} entries for {prompts} prompts; pass one SamplingParams per prompt, or one for all"
+        )
+    return list(params)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlft.rollout.modes import check_context, end_token_ids, generating_model
 from rlft.rollout.randomness import fold_seed
-from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request
+from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_weights
 
 __all__ = ["VLLMSampler"]
@@ -89,31 +89,37 @@ class VLLMSampler(Sampler):
         self,
         prompt_ids: Sequence[Sequence[int]],
         n: int,
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         seed: int,
         weight_version: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollout:
         prompts = check_request(prompt_ids, n, seed)
-        check_context(generating_model(self.model), prompts, params.max_new_tokens)
+        requests = each_params(params, len(prompts))
+        check_context(generating_model(self.model), prompts, [request.max_new_tokens for request in requests])
         if poll is not None:
             poll()
         if weight_version != self._version:
             self.sync()
             self._version = weight_version
-        stops = sorted({*self.end_ids, *params.stop_token_ids})
+        stops = [sorted({*self.end_ids, *request.stop_token_ids}) for request in requests]
         # vLLM draws one row of a greedy request: all n are the same.
-        asked = 1 if params.greedy else n
-        requests = [
-            self._params(params, asked, stops, fold_seed(seed, step=p, stream="vllm")) for p in range(len(prompts))
+        asked = [1 if request.greedy else n for request in requests]
+        theirs = [
+            self._params(request, asked[p], stops[p], fold_seed(seed, step=p, stream="vllm"))
+            for p, request in enumerate(requests)
         ]
-        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], requests, use_tqdm=False)
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], theirs, use_tqdm=False)
         if poll is not None:
             poll()
-        rows = [self._row(row, stops) for output in outputs for row in self._rows(output, asked) * (n // asked)]
-        if len(rows) != len(prompts) * n:
-            raise RuntimeError(f"vLLM returned {len(rows)} rows for {len(prompts)} prompts of {n} completions")
+        if len(outputs) != len(prompts):
+            raise RuntimeError(f"vLLM returned {len(outputs)} outputs for {len(prompts)} prompts")
+        rows = [
+            self._row(row, stops[p])
+            for p, output in enumerate(outputs)
+            for row in self._rows(output, asked[p]) * (n // asked[p])
+        ]
         ids, logps, finished = (list(column) for column in zip(*rows, strict=True))
         return Rollout(ids, logps, finished, weight_version)
 

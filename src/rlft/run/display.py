@@ -18,6 +18,7 @@ __all__ = [
     "byte_size",
     "end",
     "facts",
+    "meter_line",
     "note",
     "peak_memory",
     "progress",
@@ -45,7 +46,16 @@ _SHOWN = {
     "eval_judge/win_rate": "eval win rate",
     "eval_rewards/accuracies": "eval acc",
     "eval_loss": "eval loss",
-    "meter/trained_tokens_per_second": "tok/s",
+}
+#: Of the meter, under the bar: what is multiplied by what, and how it is written.
+_METER = {
+    "meter/trained_tokens_per_second": (1.0, "{} tok/s trained"),
+    "meter/sampled_tokens_per_second": (1.0, "{} sampled"),
+    "padding_efficiency": (100.0, "{:.0f}% of computed tokens exist"),
+    "prompt_sharing": (1.0, "sharing prompts saves {:.2f}x"),
+    "meter/peak_memory_gib": (2.0**30, "{}"),
+    "meter/mfu": (100.0, "MFU {:.0f}%"),
+    "meter/fraction_of_floor": (100.0, "{:.0f}% of what the device could do"),
 }
 
 
@@ -199,10 +209,15 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
         def line(values: Mapping[str, float]) -> None:
             if trainer.step % every == 0 or trainer.step == total:
                 print(f"step {trainer.step}/{total}  {_numbers(values)}", flush=True)
+                if told := meter_line(values):
+                    print(f"  {told}", flush=True)
 
         yield line
         return
+    from rich.console import Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}"),
@@ -211,9 +226,16 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with Progress(*columns, console=_console(stderr=True)) as bar:
-        task = bar.add_task(_title(trainer), total=total, completed=trainer.step, numbers="")
-        yield lambda values: bar.update(task, completed=trainer.step, numbers=_numbers(values))
+    console = _console(stderr=True)
+    bar, below = Progress(*columns, console=console), Text(style="dim")
+    task = bar.add_task(_title(trainer), total=total, completed=trainer.step, numbers="")
+
+    def show(values: Mapping[str, float]) -> None:
+        bar.update(task, completed=trainer.step, numbers=_numbers(values))
+        below.plain = meter_line(values) or below.plain
+
+    with Live(Group(bar, below), console=console, refresh_per_second=4):
+        yield show
 
 
 @contextlib.contextmanager
@@ -236,8 +258,7 @@ def end(trainer: Trainer, values: Mapping[str, float]) -> None:
         print(f"done: {trainer.step} steps, saved in {trainer.run_dir}  {_numbers(values)}", flush=True)
         shares = trainer.meter.shares()
         if shares:
-            parts = [f"{name.replace('_', ' and ')} {share:.0%}" for name, share in shares.items() if share >= 0.005]
-            print(f"time: {', '.join(parts)}", flush=True)
+            print(f"time: {_shares(shares)}", flush=True)
 
 
 def say(trainer: Trainer, text: str) -> None:
@@ -264,6 +285,24 @@ def warn(trainer: Trainer, text: str) -> None:
 
 def _numbers(values: Mapping[str, float]) -> str:
     return "  ".join(f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values)
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' and ')} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+
+
+def meter_line(values: Mapping[str, float]) -> str:
+    """Where the time goes and how well it is used, from the metrics of one line; empty where they hold nothing of it."""
+    prefix = "meter/share/"
+    shares = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    parts = [_shares(dict(sorted(shares.items(), key=lambda item: -item[1])))] if shares else []
+    for name, (factor, form) in _METER.items():
+        if name not in values or (name == "prompt_sharing" and values[name] <= 1.0):
+            continue
+        value = values[name] * factor
+        shown = byte_size(int(value)) if name.endswith("gib") else _count(value) if form.startswith("{} ") else value
+        parts.append(form.format(shown))
+    return " | ".join(parts)
 
 
 def _count(number: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlft.errors import TrainingError
+from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
 from rlft.run import meeting
 from rlft.types import Batch
@@ -26,8 +26,8 @@ __all__ = [
     "explained",
     "lost_peer",
     "not_finite",
-    "of_inputs",
     "poisoned",
+    "saves",
     "sharded",
     "skips",
     "together",
@@ -75,20 +75,39 @@ def agree(trainer: Trainer, failure: str | None) -> None:
         raise
 
 
-def together(trainer: Trainer, kind: type[Exception] = TrainingError) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def together(trainer: Trainer, kind: type[Exception] = TrainingError) -> Iterator[None]:
     """Work that each process of a run does for itself: where it fails on one, all stop. See :func:`meeting.together`.
 
     Args:
         trainer: the run; its ``failures`` say what there was.
         kind: of error on the processes whose own work went well.
+
+    Raises:
+        Interrupted: on all processes, where a signal came to any of them and nothing else went wrong.
     """
-    return meeting.together(trainer.accelerator, kind, at=f"step {trainer.step + 1}: ", found=trainer.failures)
+    try:
+        with (
+            meeting.together(trainer.accelerator, kind, at=f"step {trainer.step + 1}: ", found=trainer.failures),
+            trainer.signals.for_itself(),
+        ):
+            yield
+    except kind as error:
+        if set(trainer.failures.kinds) == {"Interrupted"} and not isinstance(error, Interrupted):
+            raise Interrupted(trainer.step) from None
+        raise
 
 
-def of_inputs(trainer: Trainer, error: Exception) -> bool:
-    """Whether rewards or data stopped the run, and nothing else on any process; the same answer on all of them."""
+def saves(trainer: Trainer, error: Exception) -> bool:
+    """Whether the last finished step is saved as the run stops; the same answer on all processes, as saving takes all.
+
+    It is where a signal, rewards or data stopped the run, and nothing else on any process.
+    """
+    if trainer.world_size == 1 and isinstance(error, Interrupted):
+        return True
     kinds = set(trainer.failures.kinds)
-    return bool(kinds) and kinds <= {"RewardError", "DataError"} and isinstance(error, (RewardError, TrainingError))
+    known = isinstance(error, (Interrupted, RewardError, TrainingError))
+    return bool(kinds) and kinds <= {"RewardError", "DataError", "Interrupted"} and known
 
 
 def sharded(trainer: Trainer) -> bool:

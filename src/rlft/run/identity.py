@@ -16,6 +16,7 @@ __all__ = ["check"]
 _OWN = {
     "train_data", "eval_data", "model", "tokenizer", "ref_model", "critic", "rewards", "judge", "output_dir",
     "ref_cache_dir", "run_name", "report_to", "log_completions", "disable_tqdm", "report", "resume",
+    "accept_changed",
 }  # fmt: skip
 #: Where an object lies in memory, as its repr tells.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")

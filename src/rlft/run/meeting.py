@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from rlft._advantage import Everyone
-from rlft.errors import TrainingError
+from rlft.errors import Interrupted, TrainingError
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["SECONDS", "Failures", "everyone", "meet", "same", "texts", "together"]
+__all__ = ["SECONDS", "Failures", "anywhere", "everyone", "meet", "on_cpu", "same", "texts", "together"]
 
 #: How long processes wait for each other at the start.
 SECONDS = 50
+_INTERRUPT = f"{Interrupted.__name__}:"
 #: Characters of an error that the other processes are told.
 _TOLD = 2000
 
@@ -100,7 +101,8 @@ def together(
         found: is told which exceptions there were.
 
     Raises:
-        Exception: the process's own, where it failed; else ``kind`` with the words of the first process that did.
+        Exception: the process's own, where it failed; else ``kind`` with the words of the first process that did. An
+            interrupt counts as a failure only where nothing else went wrong on any of them.
     """
     own: Exception | None = None
     if found is not None:
@@ -113,10 +115,11 @@ def together(
         said = _failures(accelerator, own)
         if found is not None:
             found.kinds = tuple(text.partition(":")[0] for text in said if text)
-        if own is not None:
+        wrong = [text for text in said if text and not text.startswith(_INTERRUPT)]
+        if own is not None and not (wrong and isinstance(own, Interrupted)):
             raise own
         if any(said):
-            rank = next(rank for rank, text in enumerate(said) if text)
+            rank = said.index(wrong[0]) if wrong else next(rank for rank, text in enumerate(said) if text)
             raise kind(f"{at}another process stopped the run: process {rank} of {len(said)} says: {said[rank]}")
     finally:
         own = None  # its traceback holds this frame, which would hold it
@@ -134,6 +137,27 @@ def _failures(accelerator: Any, own: Exception | None) -> list[str]:
         if own is None:
             raise
         return [words]  # the others are gone already: what was wrong here says more
+
+
+def on_cpu() -> bool:
+    """Whether the processes can tell each other a number without their devices, which would have to finish first."""
+    return torch.distributed.is_initialized() and "cpu:gloo" in torch.distributed.get_backend_config()
+
+
+def anywhere(accelerator: Any, here: bool) -> bool:
+    """Whether something is so on any process. Collective.
+
+    Args:
+        accelerator: of the run.
+        here: whether it is so on this one.
+    """
+    if accelerator.num_processes == 1:
+        return here
+    flag = torch.tensor([float(here)])
+    if not on_cpu():
+        return bool(accelerator.reduce(flag.to(accelerator.device), reduction="sum").item())
+    torch.distributed.all_reduce(flag)
+    return bool(flag.item())
 
 
 def same(accelerator: Any, facts: Mapping[str, str], *, remedy: str) -> None:

@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rlft._terms import BEHAVIOUR, MOMENTS
+from rlft.run import guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
 
-__all__ = ["blank", "by_tokens", "note_layout", "split", "without_idle_rows"]
+__all__ = [
+    "blank",
+    "by_rows",
+    "by_tokens",
+    "drops_zero_advantages",
+    "note_layout",
+    "split",
+    "unread",
+    "without_gradient",
+    "without_idle_rows",
+]
 
 
 def split(trainer: Trainer, batch: Batch) -> list[Batch]:
     """The micro-batches of one process and optimizer step."""
     c, p = trainer.config, trainer.plan
     if c.max_tokens_per_micro_batch is not None:
-        return [batch.select(rows) for rows in by_tokens(batch, c.max_tokens_per_micro_batch)]
+        pieces = by_tokens(batch, c.max_tokens_per_micro_batch, whole=trainer.objective.needs_groups)
+        return [batch.select(rows) for rows in pieces]
     if trainer.online and not trainer.objective.needs_groups:
         return batch.split(p.micro_batch_rows, keep_groups=False)
     return batch.split_groups(p.micro_batch_groups)
 
 
-def by_tokens(batch: Batch, budget: int) -> list[Tensor]:
+def without_gradient(trainer: Trainer, batch: Batch, *, alone: bool = False) -> list[Tensor]:
+    """Row numbers of passes without gradient: each no larger than a micro-batch, by tokens where the run counts those.
+
+    Args:
+        trainer: its settings.
+        batch: any batch.
+        alone: other processes may have another number of batches. Sharded passes wait for each other, and lengths differ
+            between processes, so there rows are counted.
+    """
+    budget = trainer.config.max_tokens_per_micro_batch
+    if budget is not None and not (alone and guard.sharded(trainer)):
+        return by_tokens(batch, budget, whole=False)
+    return by_rows(batch, max(trainer.plan.micro_batch_rows, 1))
+
+
+def by_tokens(batch: Batch, budget: int, *, whole: bool = True) -> list[Tensor]:
     """Row numbers of micro-batches that take at most ``budget`` tokens each: rows times the longest row.
 
     That is what the padded layout computes, and an upper bound where prompts are shared. Groups are sorted by their
-    longest row, so that neighbours waste little padding, and are never split: one above the budget stands alone.
+    longest row, so that neighbours waste little padding.
 
     Args:
         batch: any batch.
         budget: tokens, at least 1.
+        whole: never split a group: one above the budget stands alone. Else such a group is cut, its longest rows first,
+            and only a single row may be above the budget.
 
     Returns:
-        Row numbers, each row once; the rows of a group side by side and in their order.
+        Row numbers, each row once; the rows of a group side by side, and in their order where it is whole.
     """
+    return _packed(batch, lambda rows, width: rows * width <= budget, whole=whole)
+
+
+def by_rows(batch: Batch, rows: int) -> list[Tensor]:
+    """Row numbers of passes of at most ``rows`` rows each, groups sorted by their longest row, and whole where they fit."""
+    return _packed(batch, lambda count, width: count <= rows, whole=False)
+
+
+def _packed(batch: Batch, fits: Callable[[int, int], bool], *, whole: bool) -> list[Tensor]:
+    """Row numbers in pieces that ``fits(rows, longest row)`` allows."""
     lengths = (batch.prompt_mask.sum(-1)[batch.group_ids.long()] + batch.completion_mask.sum(-1)).tolist()
     members: dict[int, list[int]] = {}
     for row, group in enumerate(batch.group_ids.tolist()):
@@ -46,49 +87,95 @@ def by_tokens(batch: Batch, budget: int) -> list[Tensor]:
     pieces: list[list[int]] = []
     width = 0
     for group in sorted(members, key=lambda g: (-longest[g], g)):
-        rows = members[group]
-        if not pieces or (len(pieces[-1]) + len(rows)) * width > budget:
+        rows, wide = members[group], max(width, longest[group])
+        if not pieces or not fits(len(pieces[-1]) + len(rows), wide):
             pieces.append([])
-            width = longest[group]  # the first group of a piece is its longest
-        pieces[-1] += rows
+            wide = longest[group]
+        width = wide
+        if whole or fits(len(pieces[-1]) + len(rows), width):
+            pieces[-1] += rows
+            continue
+        for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+            if pieces[-1] and not fits(len(pieces[-1]) + 1, width):
+                pieces.append([])
+                width = lengths[row]
+            pieces[-1].append(row)
     return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 
 
+# -- rows that teach nothing ------------------------------------------------------------------------------------------
+def drops_zero_advantages(trainer: Trainer) -> bool:
+    """Whether rows with advantage 0 are left out: nothing in the loss but the advantage times something."""
+    # the KL of a trust region is over all rows
+    return trainer.config.drop_zero_advantages and trainer.objective.advantage_weighted and trainer.trust_step is None
+
+
+def unread(trainer: Trainer, batch: Batch) -> Tensor:
+    """``[B]``: rows whose old and reference log-probs, values and states nothing reads.
+
+    Without a token that counts; and, once advantages are known, those that the update will leave out.
+    """
+    blank_rows = ~batch.mask.any(-1)
+    if batch.advantages is None or not drops_zero_advantages(trainer):
+        return blank_rows
+    return blank_rows | _weightless(batch)
+
+
 def without_idle_rows(trainer: Trainer, micro_batches: list[Batch]) -> list[Batch]:
-    """Leave out rows with neither loss nor gradient: advantage 0, and an objective that is the advantage times something.
+    """Leave out rows with neither loss nor gradient.
+
+    That is: without a token that counts, and, where the objective is the advantage times something, with advantage 0. Where
+    rows are compared in pairs, a pair goes only as a whole.
 
     The step's denominators are counted before, over all rows, so loss and gradient stay what they are. Metrics of the
     forward pass (entropy, clip ratios) are then over the rows that went through it.
 
     Args:
-        trainer: says whether the objective allows it.
+        trainer: says what the objective allows.
         micro_batches: of one process and step.
 
     Returns:
-        Micro-batches of the rows that are left; one row where none is, since sharded processes pass through the model
-        together.
+        Micro-batches of the rows that are left; one row (or group, where the objective compares rows) where none is, since
+        sharded processes pass through the model together.
     """
-    allowed = trainer.config.drop_zero_advantages and trainer.objective.advantage_weighted
-    # the KL of a trust region is over all rows
-    if not allowed or not micro_batches or trainer.trust_step is not None:
+    if not micro_batches or trainer.objective.couples_rows:
         return micro_batches
-    idle = [_idle(batch) for batch in micro_batches]
+    weighted = drops_zero_advantages(trainer)
+    idle = [_weightless(batch) if weighted else _blank_rows(trainer, batch) for batch in micro_batches]
     everything = torch.cat(idle)
-    trainer.metrics.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
+    if weighted:
+        trainer.metrics.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
     if not bool(everything.any()):
         return micro_batches
     kept = [b.select((~rows).nonzero()[:, 0]) for b, rows in zip(micro_batches, idle, strict=True) if not rows.all()]
-    if not kept:
-        shortest = micro_batches[0].completion_mask.sum(-1).argmin()[None]
-        return [micro_batches[0].select(shortest)]
-    return split(trainer, Batch.concat(kept))
+    return split(trainer, Batch.concat(kept)) if kept else [_least(trainer, micro_batches[0])]
 
 
-def _idle(batch: Batch) -> Tensor:
+def _weightless(batch: Batch) -> Tensor:
+    """``[B]``: every advantage 0 or masked."""
     advantages = batch.advantages
     assert advantages is not None  # a loss that is weighted by advantages asks for them
     wide = advantages[:, None] if advantages.ndim == 1 else advantages
     return ((wide == 0) | ~batch.mask).all(-1)
+
+
+def _blank_rows(trainer: Trainer, batch: Batch) -> Tensor:
+    """``[B]``: rows without a token that counts; of pairs, where neither answer has one."""
+    blank_rows = ~batch.mask.any(-1)
+    if not trainer.objective.needs_pairs:
+        return blank_rows
+    alive = torch.zeros(batch.num_groups, dtype=torch.bool, device=batch.device)
+    alive[batch.group_ids[~blank_rows].long()] = True
+    return ~alive[batch.group_ids.long()]
+
+
+def _least(trainer: Trainer, batch: Batch) -> Batch:
+    """The least that can pass through the model where no row counts."""
+    if trainer.objective.needs_groups:
+        return blank(batch)
+    row = batch.select(batch.completion_mask.sum(-1).argmin()[None])
+    # its constants were never computed (see unread), so what it would measure with them is left out too
+    return row if row.old_logps is None else blank(row)
 
 
 def blank(batch: Batch) -> Batch:
@@ -99,10 +186,13 @@ def blank(batch: Batch) -> Batch:
 
 def note_layout(trainer: Trainer, batch: Batch) -> None:
     """Metrics of the forward pass that just ran: how much of it was padding, and what shared prompts saved."""
-    used = trainer.policy.layout_used
+    used, needs = trainer.policy.layout_used, trainer.objective.needs
     inside = trainer.objective.needs_reference and batch.ref_states is None
-    inside = inside and (batch.ref_logps is None or "token_kl" in trainer.objective.needs)
-    trainer.meter.passed(used, backward=True, passes=1 + inside)
+    inside = inside and (batch.ref_logps is None or bool(needs & {"token_kl", *MOMENTS}))
+    behaviour = (
+        bool(needs & BEHAVIOUR) and batch.behaviour_states is None and trainer.plan.updates_per_generation > 1
+    )
+    trainer.meter.passed(used, backward=True, passes=1 + inside + behaviour)
     if used.computed:
         trainer.metrics.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))
         trainer.metrics.add("prompt_sharing", used.repeated / max(1, used.tokens), weight=float(used.tokens))

@@ -155,7 +155,7 @@ def _compute(trainer: Trainer, examples: Sequence[Example]) -> Tensor:
     most = int(trainer.accelerator.gather(most).max())
     pad_id, found = trainer.tokenizer.pad_token_id or 0, []
     for turn in range(most):  # sharded forward passes wait for each other: as many on every process
-        trainer.poll()
+        trainer.poll(boundary=True)
         batch = collate(chunks[min(turn, len(chunks) - 1)], pad_id=pad_id).to(trainer.device)
         with trainer.meter.phase("reference"):
             logps = trainer.forward(batch, frozenset({"ref_logps"}))["ref_logps"]

@@ -14,7 +14,7 @@ from rlft import recipes
 from rlft.config import Config, ConfigError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.run import arguments, display, guard, identity, meeting, micro, pairwise, pairwise_rules, tally
+from rlft.run import arguments, display, guard, identity, meeting, micro, pairwise, pairwise_rules, provenance, tally
 from rlft.run.checks import check_data, check_held_out, check_settings, check_tokens, note_positions
 from rlft.run.parts import (
     accelerator_for,
@@ -59,6 +59,7 @@ class Parts:
     sampler: Any
     replay: Any
     plan: Plan
+    weights: dict[str, Any]
 
 
 def objective(config: Config, given: Objective | Callable[..., Any] | None) -> Objective:
@@ -172,6 +173,8 @@ def build(
             note_positions(config, loaded, train, online=online)
         policy = _policy(config, objective, loaded, peft_config, ref_model)
         optimizer = optimizer or adamw(config, policy)
+        # whole still: afterwards they may be sharded. One process compares them, and all are given those of the first
+        weights = provenance.weights(policy, rewards) if accelerator.is_main_process else {}
     identity.check(accelerator, config, objective, train, held_out, policy)
     wrapped, adam = accelerator.prepare(policy, optimizer)
     with meeting.together(accelerator, ValueError):
@@ -196,6 +199,7 @@ def build(
         sampler=sampler,
         replay=replay,
         plan=steps,
+        weights=weights,
     )
 
 

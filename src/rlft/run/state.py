@@ -6,6 +6,7 @@ import contextlib
 import copy
 import filecmp
 import json
+import logging
 import random
 import shutil
 import sys
@@ -21,15 +22,16 @@ from rlft import checkpoint
 from rlft._failpoint import instant, within
 from rlft._files import disk_trouble, move, remove_tree, replace_file, sync_dir, sync_file
 from rlft._redact import redact
-from rlft.config import Config, ConfigError, digest_of
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
-from rlft.run import controllers, display, guard, meeting
+from rlft.run import controllers, guard, meeting, provenance, resumed, same_run
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
+
+logger = logging.getLogger("rlft")
 
 __all__ = ["Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "seed"]
 
@@ -43,6 +45,7 @@ _COUNTERS = (
     "finished",
     "nonfinite_steps",
     "sampler_agrees",
+    "resumed_from",
 )
 
 
@@ -63,7 +66,11 @@ def light(trainer: Trainer) -> Light:
     return Light(
         trainer.step,
         {name: getattr(trainer, name) for name in _COUNTERS}
-        | {"log_offset": trainer.metrics_log.offset, "kl_controller": controllers.state(trainer)},
+        | {
+            "log_offset": trainer.metrics_log.offset,
+            "kl_controller": controllers.state(trainer),
+            "checked": trainer.first_step is None and trainer.step > 0,
+        },
         copy.copy(trainer.source.state()),
         checkpoint.rng_state(),
         trainer.replay.state_dict() if trainer.replay is not None else None,
@@ -77,12 +84,23 @@ def save(trainer: Trainer) -> Path:
     return save_boundary(trainer)
 
 
-def save_boundary(trainer: Trainer) -> Path:
-    """Write a checkpoint of the last boundary: the weights have not moved since, whatever was begun after it."""
+def save_boundary(trainer: Trainer, *, stopping: bool = False) -> Path:
+    """Write a checkpoint of the last boundary: the weights have not moved since, whatever was begun after it.
+
+    Args:
+        trainer: the run.
+        stopping: the run ends for a reason of its own, which a callback that raises must not replace: that is logged.
+    """
     trainer.metrics_log.sync()
     with trainer.meter.phase("save"):
         written = _write(trainer, trainer._boundary or light(trainer), trainer.run_dir, trainer.config.save_total_limit)
-    trainer._call("save", {"path": str(written)})
+    for callback in trainer.callbacks:
+        try:
+            callback("save", trainer, {"path": str(written)})
+        except Exception as error:
+            if not stopping:
+                raise
+            logger.warning(f"a callback raised {type(error).__name__}: {error} at 'save'; the run was saved and stops")
     return written
 
 
@@ -122,6 +140,8 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
     records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
     if state.replay is not None:
         tensors["replay"], records["replay"] = state.replay
+    if not trainer.is_main:  # those of the main process are in its own record, with what all of them share
+        records["counters"] = {name: state.counters[name] for name in _COUNTERS}
     if trainer.is_main:
         tensors |= {"trainable": trainables, "optimizer": moments, "reference": reference}
         tensors["behaviour"] = _behaviour_state(trainer)
@@ -131,7 +151,8 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
             "trainer": {
                 "step": state.step,
                 "data": trainer.train_data.fingerprint,
-                "data_facts": _data_facts(trainer),
+                "data_facts": provenance.data_facts(trainer),
+                "made_of": trainer.made_of,
                 **state.counters,
             },
             "config": redact(trainer.config.to_dict()),
@@ -206,43 +227,46 @@ def _same_files(one: Path, two: Path) -> bool:
 def resume(trainer: Trainer, given: str | bool | None) -> int | None:
     """Load the newest sound checkpoint of the run, or the one that was asked for.
 
+    A checkpoint that was asked for is begun from once: the run notes it in those it writes, and the same command goes on
+    from the newest of them.
+
     Returns:
         Where its metrics log ended, in bytes; None when there is nothing to resume.
     """
-    wish = trainer.config.resume if given is None else {True: "auto", False: "never"}.get(given, given)  # type: ignore[call-overload]
-    found = None
+    wish = resumed.wish(trainer, given)
+    found, place, taken = None, None, None
     with guard.together(trainer):
         if wish == "auto":
             found = checkpoint.load_latest(trainer.run_dir, rank=trainer.rank)
         elif wish != "never":
-            if not isinstance(wish, (str, Path)):
-                raise ConfigError(f"resume must be True, False or a checkpoint's folder, got {wish!r}")
-            if not Path(wish).is_dir():
-                raise ConfigError(
-                    f"resume={str(wish)!r} is no folder; give 'auto', 'never', or a checkpoint such as {trainer.run_dir}/checkpoint-100"
-                )
-            found = checkpoint.load(wish, rank=trainer.rank)
+            found, taken = resumed.asked_for(trainer, wish)
         if found is not None:
-            _check_same_run(trainer, found)
+            same_run.check(trainer, found)
+            place = resumed.place(trainer, found)
     meeting.same(
         trainer.accelerator,
         {"checkpoint to go on from": "none" if found is None else f"{found.path.name} ({found.manifest.id})"},
         remedy=f"All of them must see one folder: put output_dir (here {trainer.run_dir}) on a file system that they share",
     )
-    if found is None:
-        return None
-    with guard.together(trainer):
-        if wish != "auto" and trainer.is_main:  # an older one was asked for: what came after it is another history
-            if (trainer.run_dir / "model").exists():
-                remove_tree("export.newer", trainer.run_dir / "model")
-            checkpoint.discard_newer(trainer.run_dir, found.step)
-    with instant("train.resume"):
-        return _restore(trainer, found)
+    offset = None
+    if found is not None:
+        with guard.together(trainer):
+            if taken is not None and trainer.is_main:  # an older one: what came after it is another history
+                if (trainer.run_dir / "model").exists():
+                    remove_tree("export.newer", trainer.run_dir / "model")
+                checkpoint.discard_newer(trainer.run_dir, found.step)
+        with instant("train.resume"):
+            offset = _restore(trainer, found, place)
+        trainer.resumed_from = taken or trainer.resumed_from
+    with guard.together(trainer, RunLockError):
+        if trainer.is_main and not trainer.finished:
+            _check_space(trainer)
+    return offset
 
 
 def seed(trainer: Trainer) -> None:
-    """Every global random generator, from the run's seed and the rank: dropout does not depend on what was drawn before."""
-    number = fold_seed(trainer.config.seed, rank=trainer.rank, stream="global")
+    """Every global random generator, from the run's seed, the rank and the step: not from what was drawn before."""
+    number = fold_seed(trainer.config.seed, rank=trainer.rank, step=trainer.step, stream="global")
     random.seed(number)
     torch.manual_seed(number)
     if "numpy" in sys.modules:
@@ -251,14 +275,9 @@ def seed(trainer: Trainer) -> None:
         np.random.seed(number % 2**32)
 
 
-def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
-    if found.manifest.world_size != trainer.world_size:
-        display.warn(
-            trainer,
-            f"the checkpoint was written by {found.manifest.world_size} processes and {trainer.world_size} resume it: "
-            f"the run goes on, but not bit for bit",
-        )
-    record = found.records["trainer"]
+def _restore(trainer: Trainer, found: checkpoint.Checkpoint, place: dict[str, Any] | None) -> int:
+    record, others = found.records["trainer"], found.manifest.world_size != trainer.world_size
+    assert place is not None
     trainer.policy.load_trainable_state(found.tensors["trainable"])
     if hasattr(trainer.policy, "load_reference_state"):
         trainer.policy.load_reference_state(found.tensors.get("reference", {}))
@@ -270,58 +289,26 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> int:
         trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
     )
     waiting = found.tensors.get("source", {}) if "source" in found.own else {}
-    trainer.source.load({name: t.to(trainer.device) for name, t in waiting.items()}, found.records["source"])
+    trainer.source.load({name: t.to(trainer.device) for name, t in waiting.items()}, place, anew=others)
     if trainer.replay is not None:
         trainer.replay.load_state_dict(found.tensors.get("replay", {}), found.records["replay"])
-    trainer.metrics = MetricSums.from_state(found.records["metrics"])
+    if "metrics" in found.own:  # else they are another process's, and would count twice
+        trainer.metrics = MetricSums.from_state(found.records["metrics"])
     trainer.step = record["step"]
+    counters = record | (found.records["counters"] if "counters" in found.own else {})
     for name in _COUNTERS:
-        if name in record:  # else written before there was such a counter
-            setattr(trainer, name, record[name])
+        if name in counters:  # else written before there was such a counter
+            setattr(trainer, name, counters[name])
+    trainer.checked = record.get("checked", trainer.step > 0)
     controllers.load(trainer, record.get("kl_controller"))
-    if "rng" in found.own:  # last: building anything above may draw random numbers
+    if others:
+        resumed.warn_of_others(trainer, found, place)
+    # last: building anything above may draw random numbers
+    if "rng" in found.own:
         checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])
+    else:
+        seed(trainer)
     return record["log_offset"]
-
-
-def _check_same_run(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
-    if found.records["trainer"]["data"] != trainer.train_data.fingerprint:
-        then, now = found.records["trainer"].get("data_facts", {}), _data_facts(trainer)
-        changes = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
-        raise ConfigError(
-            f"the training data changed since {found.path} was written "
-            f"({', '.join(changes) or 'as many examples and tokens, but other ones or in another order'}); continuing would "
-            f"mix two runs: restore the data, the tokenizer and the limits, or use another output_dir"
-        )
-    if found.manifest.config_hash == trainer.config.digest():
-        return
-    # compared as JSON: a tuple in memory is a list in the file. A setting that came with a newer version had its default.
-    stored = json.loads(json.dumps(found.records.get("config", {})))
-    then = json.loads(json.dumps(Config().to_dict())) | stored
-    now = json.loads(json.dumps(redact(trainer.config.to_dict())))
-    deciding = trainer.config.identity()
-    changes = [f"  {k}: {then[k]!r} -> {now[k]!r}" for k in deciding if then[k] != now[k]]
-    changes += [f"  {k}: {value!r} -> no setting of this version" for k, value in stored.items() if k not in now]
-    if not changes and digest_of({k: then[k] for k in deciding}) == trainer.config.digest():
-        return
-    changes = changes or ["  a value that is not shown, since it looks like a secret"]
-    raise ConfigError(
-        f"{trainer.run_dir} holds a run with other settings; continuing it would mix two runs:\n"
-        + "\n".join(changes)
-        + "\nuse the settings it was started with, or another output_dir (resume=never does not overwrite it either)"
-    )
-
-
-def _data_facts(trainer: Trainer) -> dict[str, Any]:
-    """What a person can compare when the data of a run has changed."""
-    data = trainer.train_data
-    prompt_tokens = sum(len(e.prompt_ids) for e in data.examples)
-    return {
-        "format": data.format,
-        "examples": len(data.examples),
-        "prompt tokens": prompt_tokens,
-        "trained tokens": data.report.trained_tokens,
-    }
 
 
 def _behaviour_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -341,19 +328,23 @@ def _optimizer_names(trainer: Trainer) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(trainer: Trainer) -> Iterator[None]:
-    """Hold the run's folder: two runs cannot share one."""
+def locked(trainer: Trainer, given: str | bool | None) -> Iterator[None]:
+    """Hold the run's folder: two runs cannot share one, and one that is not to resume gets an empty one.
+
+    Args:
+        trainer: the run.
+        given: as of :func:`resume`.
+    """
     lock = RunLock(
         trainer.run_dir,
         trainer.config.identity(),
         config_hash=trainer.config.digest(),
-        resume=trainer.config.resume != "never",
+        resume=resumed.wish(trainer, given) != "never",
     )
     try:
         with guard.together(trainer, RunLockError):
             if trainer.is_main:
                 lock.acquire()
-                _check_space(trainer)
                 checkpoint.remove_stale(trainer.run_dir)
         yield
     finally:
@@ -398,7 +389,7 @@ def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
                 "skipped": report.skipped,
                 "format": trainer.train_data.format,
             }
-            _write_settings(trainer, "summary.json", {"data": facts})
+            _write_settings(trainer, "summary.json", {"data": facts, **provenance.shown(trainer.made_of)})
         plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
         trainer.accelerator.init_trackers("rlft", config=plain)
     return log

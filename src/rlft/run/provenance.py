@@ -1,0 +1,229 @@
+"""What a run is made of beyond its settings: recorded in every checkpoint. :mod:`rlft.run.same_run` compares it.
+
+Settings name things; they do not hold them. A column that a reward reads, an objective or an adapter given as an object, the
+weights under an adapter and those of a reference or a reward model can all change while every setting stays as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import platform
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlft.checkpoint._tensorfile import tensor_bytes
+from rlft.objective import Objective
+
+if TYPE_CHECKING:
+    from rlft.trainer import Trainer
+
+__all__ = ["columns", "data_facts", "of", "sampled_hash", "shown", "versions", "weights"]
+
+#: Blocks of a large tensor that are hashed, and their size in bytes; what is no larger than all of them is hashed whole.
+_BLOCKS, _BLOCK = 64, 16 << 10
+#: Entries of a model's config that say where it came from or how it is run.
+_NO_PART = {
+    "_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype", "id2label", "label2id",
+}  # fmt: skip
+#: The same of an adapter's.
+_NO_PART_OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+_PACKAGES = ("transformers", "peft", "accelerate")
+#: Where an object lies in memory, as its repr tells.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def of(trainer: Trainer, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run, as plain values.
+
+    Args:
+        trainer: built, before its first step.
+        weights: of :func:`weights`.
+    """
+    return {
+        "versions": versions(trainer.device),
+        "chat_template": _template(trainer.tokenizer),
+        "sources": _sources(trainer),
+        "columns": columns(trainer.train_data, trainer.objective, trainer.rewards, trainer.judge),
+        "objective": {name: _one_line(text) for name, text in trainer.objective.describe().items()},
+        "rewards": _rewards(trainer),
+        "adapters": _adapters(trainer.policy),
+        "weights": dict(weights),
+    }
+
+
+def data_facts(trainer: Trainer) -> dict[str, Any]:
+    """What a person can compare when the data of a run has changed."""
+    data = trainer.train_data
+    return {
+        "format": data.format,
+        "examples": len(data.examples),
+        "prompt tokens": sum(len(e.prompt_ids) for e in data.examples),
+        "trained tokens": data.report.trained_tokens,
+    }
+
+
+def shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that a person may look for in the run's folder."""
+    return {name: record[name] for name in ("versions", "sources", "chat_template") if name in record}
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What computes: packages, the interpreter and the device."""
+    from rlft import __version__
+
+    return {
+        "rlft": __version__,
+        "torch": str(torch.__version__),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def columns(data: Any, objective: Objective, rewards: Any, judge: Any) -> dict[str, str]:
+    """A hash of every column that the objective or a reward function reads.
+
+    Args:
+        data: training data.
+        objective: names numeric columns.
+        rewards: a :class:`~rlft.rewards.RewardSet`, or None.
+        judge: the same.
+    """
+    there = {name for example in data.examples for name in example.columns} | {"prompt"}
+    read = set(objective.columns)
+    for function in [f for functions in (rewards, judge) if functions is not None for f in functions.funcs]:
+        read |= _reads(function, there)
+    return {name: data.column_fingerprint(name) for name in sorted(read & there)}
+
+
+def _reads(function: Any, there: set[str]) -> set[str]:
+    """The columns that a reward function is given: those it names, or all where it takes whatever there is."""
+    data = there - {"completion", "completions", "completion_ids", "trainer_state", "prompts"}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return data
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return data
+    return {"prompt" if p.name == "prompts" else p.name for p in parameters} & data
+
+
+def weights(policy: Any, rewards: Any) -> dict[str, Any]:
+    """Configs, and a hash of every tensor that no checkpoint holds: by model, then by name.
+
+    These are the base under an adapter, a reference and a critic of their own, and reward models. A hash reads at most a
+    mebibyte of a tensor, see :func:`sampled_hash`.
+
+    Args:
+        policy: the module that will be trained, not yet sharded.
+        rewards: a :class:`~rlft.rewards.RewardSet`, or None.
+    """
+    found: dict[str, Any] = {"policy": _model(policy.hf_model, {})}
+    for name, tensor in policy.unsaved_state().items():
+        part, _, rest = name.partition(".")
+        owner = {"reference_model": "reference", "critic": "critic"}.get(part, "policy")
+        if owner not in found:
+            found[owner] = _model(getattr(policy, part), {})
+        found[owner]["tensors"][rest] = sampled_hash(tensor)
+    for name, function in zip(rewards.names, rewards.funcs, strict=True) if rewards is not None else ():
+        if (scorer := getattr(function, "scorer", None)) is not None and hasattr(scorer, "hf_model"):
+            found[f"reward {name}"] = _model(scorer.hf_model, scorer.unsaved_state())
+    return found
+
+
+def _model(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    inner = getattr(module, "model", module) if not hasattr(module, "config") else module
+    config = getattr(inner, "config", None)
+    plain = json.loads(json.dumps(config.to_dict(), default=str)) if config is not None else {}
+    return {
+        "config": {name: value for name, value in plain.items() if name not in _NO_PART},
+        "tensors": {name: sampled_hash(tensor) for name, tensor in tensors.items()},
+    }
+
+
+def sampled_hash(tensor: Tensor) -> str:
+    """A hash of shape, type and bytes; of a tensor above 1 MiB, of 64 blocks of 16 KiB from its first byte to its last.
+
+    Another training, another precision or another seed changes every block; a few rows exchanged in a large matrix may
+    fall between them.
+
+    Args:
+        tensor: of any shape, type and device.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
+    if tensor.is_meta or not tensor.numel():
+        return digest.hexdigest()
+    flat = tensor.detach().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # one element may be contiguous with any stride
+    if len(flat) > _BLOCKS * _BLOCK:
+        last = len(flat) - _BLOCK
+        starts = [last * index // (_BLOCKS - 1) for index in range(_BLOCKS)]
+        flat = torch.cat([flat[start : start + _BLOCK] for start in starts])
+    digest.update(tensor_bytes(flat))
+    return digest.hexdigest()
+
+
+def _template(tokenizer: Any) -> str:
+    """A hash of the chat template, or ``none``."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return "none"
+    return hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _sources(trainer: Trainer) -> dict[str, dict[str, str]]:
+    """Model -> where it came from, and the commit of the hub that its name stood for."""
+    models = {"policy": trainer.policy.hf_model}
+    for name, part in (("reference", "reference_model"), ("critic", "critic")):
+        if (held := getattr(trainer.policy, part, None)) is not None:
+            models[name] = getattr(held, "model", held) if not hasattr(held, "config") else held
+    functions = zip(trainer.rewards.names, trainer.rewards.funcs, strict=True) if trainer.rewards is not None else ()
+    models |= {f"reward {name}": f.scorer.hf_model for name, f in functions if hasattr(f, "scorer")}
+    found = {}
+    for name, model in models.items():
+        config = getattr(model, "config", None)
+        revision = getattr(config, "_commit_hash", None)
+        found[name] = {"name": str(getattr(config, "_name_or_path", "") or "in memory")}
+        found[name] |= {"revision": str(revision)} if revision else {}
+    return found
+
+
+def _rewards(trainer: Trainer) -> dict[str, str]:
+    found = {}
+    if trainer.rewards is not None:
+        pairs = zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
+        found["reward functions"] = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)
+    if trainer.judge is not None:
+        found["judge"] = ", ".join(trainer.judge.names)
+    return found
+
+
+def _adapters(policy: Any) -> dict[str, str]:
+    """The settings of the adapter that is trained, by name."""
+    from rlft.models import adapters
+
+    model = policy.hf_model
+    if not adapters.is_peft(model):
+        return {}
+    settings = model.peft_config[adapters.active_adapter(model)].to_dict()
+    return {name: _said(value) for name, value in settings.items() if name not in _NO_PART_OF_ADAPTER}
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    return _one_line(str(value))
+
+
+def _one_line(text: str) -> str:
+    return _ADDRESS.sub("", " ".join(str(text).split()))
