@@ -108,7 +108,7 @@ def test_doctor(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", str(config.parent / "run")]) == 0
     out = capsys.readouterr().out
     assert "sound" in out
-    assert "continues from step 2" in out
+    assert "complete (2 steps)" in out
     (config.parent / "run" / "checkpoint-2" / "trainable.safetensors").write_bytes(b"x")
     assert cli.main(["doctor", str(config.parent / "run")]) == 1
     assert cli.main(["doctor", str(config.parent / "nothing")]) == cli.REFUSED

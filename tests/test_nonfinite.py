@@ -316,3 +316,54 @@ def test_an_update_that_was_taken_back_can_be_skipped(tmp_path: Path) -> None:
     t.train()
     assert same(states[1], states[2])
     assert t.nonfinite_steps == 1
+
+
+# -- the number itself ----------------------------------------------------------------------------------------------------
+def rows_of(t: Any) -> dict[int, Any]:
+    return {row["step"]: row["loss"] for row in read_metrics(t.run_dir / "metrics.jsonl")}
+
+
+def spoil(t: Any, value: float, *, at: int = 2) -> None:
+    compute = t.compute_loss
+    t.compute_loss = lambda b, d: compute(b, d) + (value if t.step == at else 0.0)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_the_value_that_stops_a_run_is_in_its_log(tmp_path: Path, value: float) -> None:
+    t = run(tmp_path, logging_steps=4)
+    spoil(t, value)
+    with pytest.raises(TrainingError):
+        t.train()
+    assert rows_of(t) == {3: value}
+    again = run(tmp_path, logging_steps=4)
+    again.train()
+    assert list(rows_of(again)) == [4]  # the step was done again: its row is gone with it
+
+
+def test_log_probs_that_stop_a_run_are_in_its_log(tmp_path: Path) -> None:
+    t = run(tmp_path, logging_steps=4)
+    forward = t.forward
+    t.forward = lambda batch, want: {k: v * (math.nan if t.step == 2 else 1.0) for k, v in forward(batch, want).items()}
+    with pytest.raises(TrainingError, match="step 3"):
+        t.train()
+    assert list(rows_of(t)) == [3]
+    assert math.isnan(rows_of(t)[3])
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_value_of_a_skipped_step_is_in_the_log_once(tmp_path: Path, every: int) -> None:
+    t = run(tmp_path, logging_steps=every, max_nonfinite_steps=1)
+    spoil(t, -math.inf)
+    t.train()
+    rows = list(read_metrics(t.run_dir / "metrics.jsonl"))
+    assert [(row["step"], row["nonfinite_steps"]) for row in rows if row["loss"] == -math.inf] == [(3, 1.0)]
+    assert [row["step"] for row in rows] == ([1, 2, 3, 4] if every == 1 else [3, 4])
+
+
+def test_trackers_get_what_is_not_finite(tmp_path: Path) -> None:
+    t, got = run(tmp_path, max_nonfinite_steps=1), {}
+    t.accelerator.log = lambda values, step: got.setdefault(step, values)
+    spoil(t, math.inf)
+    t.train()
+    assert got[3]["loss"] == math.inf
+    assert got[3]["nonfinite_steps"] == 1.0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlft._redact import guard_logs
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from rlft.objective import Objective
     from rlft.trainer import Trainer
     from rlft.types import Batch, LossOutput
+
+
+guard_logs()
 
 
 def __getattr__(name: str) -> Any:

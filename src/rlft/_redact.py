@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["MASK", "redact", "secret_keys"]
+__all__ = ["LOGGERS", "MASK", "guard_logs", "redact", "secret_keys"]
 
 MASK = "[redacted]"
+#: Every logger of the library.
+LOGGERS = ("rlft", "rlft.rewards")
 
 T = TypeVar("T")
 
@@ -30,14 +33,19 @@ _SHAPES = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _BEARER = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:]*:[^\s/@]+@", re.IGNORECASE)
+# A password may hold slashes and @; digits and then a slash after the colon are a port, though, and no password.
+_URL_LOGIN = re.compile(
+    r"""(\b[a-z][a-z0-9+.-]*://)[^\s/@:]*:(?!\d{1,5}[/?\#])[^\s"'<>@]+(?:@[^\s"'<>/@]+)*@""", re.IGNORECASE | re.VERBOSE
+)
 _ASSIGNED = re.compile(
-    r"""((?<![A-Za-z0-9])[\w-]*(?:token|api[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|access[_-]?key|private[_-]?key)
-        ["']?\s*[=:]\s*)(["']?)([^\s"',;&}]{4,})""",
+    r"""((?:(?<![A-Za-z0-9])[\w-]{0,64}(?:token(?:_[a-z]{1,32})?|api[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|access[_-]?key|private[_-]?key)
+         |(?<![A-Za-z0-9])(?-i:[A-Z0-9_]{0,64}_(?:KEY|PWD|PAT|PASS)))["']?\s*[=:]\s*)(["']?)([^\s"',;&}]{4,})""",
     re.IGNORECASE | re.VERBOSE,
 )
 _SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "authorization"}
 _SECRET_ENDS = ("api_key", "apikey", "access_key", "private_key", "secret_key", "auth_key", "signing_key")
+# Last words of environment variables that hold a secret.
+_VARIABLE_ENDS = {"key", "pwd", "pat", "pass", "passwd", "password", "passphrase", "pw"}
 # Words before "token" that name a symbol of the vocabulary, not a key to a door.
 _VOCABULARY = set(
     "pad eos bos unk mask sep cls stop special image video audio start end begin per new next last".split()
@@ -109,11 +117,42 @@ def _is_secret(key: str) -> bool:
     words = [word for word in _words(key) if word]
     if _SECRET_WORDS & set(words) or "_".join(words).endswith(_SECRET_ENDS):
         return True
+    if key.isupper() and _is_secret_variable(words):
+        return True
     return bool(words) and words[-1] == "token" and not (len(words) > 1 and words[-2] in _VOCABULARY)
 
 
+def _is_secret_variable(words: list[str]) -> bool:
+    """The same for names of environment variables, which are freer: KAGGLE_KEY, PGPASSWORD, MYSQL_PWD, HF_TOKEN_READ."""
+    if not words or (len(words) == 1 and words[0] in ("pwd", "oldpwd")):  # the shell's folders
+        return False
+    return (
+        (len(words) > 1 and words[-1] in _VARIABLE_ENDS)
+        or any(part in word for word in words for part in ("password", "passwd", "apikey"))
+        or any(word == "token" and before not in _VOCABULARY for before, word in zip(["", *words], words, strict=False))
+    )
+
+
+def guard_logs() -> None:
+    """Redact whatever the library logs, before any handler sees it."""
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(found, _Redacts) for found in logger.filters):
+            logger.addFilter(_Redacts())
+
+
+class _Redacts(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), None
+        return True
+
+
 def _environment_secrets() -> list[str]:
-    found = {value for name, value in os.environ.items() if len(value) >= 8 and _is_secret(name)}
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8 and (_is_secret(name) or _is_secret(name.upper()))
+    }
     return sorted(found, key=len, reverse=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "Interrupted", "TrainingError"]
+__all__ = ["DataError", "Interrupted", "TrainingError", "out_of_memory"]
 
 
 class TrainingError(RuntimeError):
@@ -26,3 +26,15 @@ class Interrupted(RuntimeError):
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}; the same command resumes from there")
         self.step = step
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device or of the machine was full."""
+    import torch
+
+    words = str(error).lower()
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in words
+        or "can't allocate memory" in words
+    )

@@ -26,7 +26,7 @@ from rlft._json import config_diff, dumps, loads
 from rlft._json import config_hash as hash_of
 from rlft._redact import redact
 
-__all__ = ["LOCK_NAME", "RUN_NAME", "RunLock", "RunLockError"]
+__all__ = ["LOCK_NAME", "RUN_NAME", "RunLock", "RunLockError", "holder", "stored_config_hash"]
 
 LOCK_NAME = ".lock"
 RUN_NAME = "run.json"
@@ -173,6 +173,33 @@ class RunLock:
             )
         if stored is None:
             self.store()
+
+
+def holder(run_dir: str | Path) -> str | None:
+    """Who holds a run's folder, in words; None when nobody does, or the file system has no locks."""
+    try:
+        descriptor = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def stored_config_hash(run_dir: str | Path) -> str | None:
+    """The hash of the configuration that a folder belongs to; None without ``run.json``.
+
+    Raises:
+        RunLockError: when ``run.json`` cannot be understood.
+    """
+    record = _stored(Path(run_dir))
+    return None if record is None else record["config_hash"]
 
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()

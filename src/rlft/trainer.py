@@ -27,6 +27,7 @@ from rlft.objective import Objective
 from rlft.rollout import fold_seed
 from rlft.run import (
     arguments,
+    constants,
     controllers,
     correction,
     display,
@@ -38,6 +39,7 @@ from rlft.run import (
     online,
     provenance,
     ref_cache,
+    rows_read,
     selfcheck,
     setup,
     signals,
@@ -45,6 +47,7 @@ from rlft.run import (
     watchdog,
 )
 from rlft.run import state as _state
+from rlft.run import update as _update
 from rlft.run.meter import Meter
 from rlft.schedule import learning_rate
 from rlft.types import Batch
@@ -131,7 +134,7 @@ class Trainer:
         self.judge, self.opponent = parts.judge, parts.players.opponent
         self.average, self.baseline = parts.players.average, parts.players.baseline
         self.plan, self.own_schedule = parts.plan, optimizers[0] is None
-        self.made_of = provenance.of(self, parts.weights)
+        self.made_of = provenance.of(self, parts.hashes)
         self.kl_control = controllers.make(self)
         self.objective = correction.apply(self)
         self.source = setup.source(self)
@@ -204,7 +207,11 @@ class Trainer:
             TrainingError: when the run cannot go on; the newest checkpoint is intact.
             Interrupted: after SIGTERM or SIGUSR1; the run was saved.
         """
-        with _state.locked(self, resume_from_checkpoint), self.signals.heeded(self.world_size), contextlib.closing(self.source):
+        with (
+            _state.locked(self, resume_from_checkpoint),
+            self.signals.heeded(self.world_size),
+            contextlib.closing(self.source),
+        ):
             offset = _state.resume(self, resume_from_checkpoint)
             if self.is_main:
                 display.start(self, resumed=offset is not None)
@@ -237,7 +244,8 @@ class Trainer:
 
     def _loop(self) -> dict[str, float]:
         last: dict[str, float] = {}
-        self.ref_logps = ref_cache.prepare(self)
+        with guard.explained(self, "ref_cache"):
+            self.ref_logps = ref_cache.prepare(self)
         if self._evaluation_due():
             last |= self._evaluate_and_log()
         with display.progress(self) as bar:
@@ -246,6 +254,8 @@ class Trainer:
                 bar(last)
         if self.eval_data is not None and self.evaluated_at != self.step:
             last |= self._evaluate_and_log()
+        if (rows := rows_read.total(self)) is not None and self.is_main:
+            _state.write_summary(self, rows)
         self.finished = True
         _state.save(self)
         _state.export(self)
@@ -352,7 +362,8 @@ class Trainer:
             self.first_step.saw(batch, outputs)
         if (loss := guard.poisoned(self, outputs, batch)) is not None:
             return loss
-        loss, results = self.objective.compute(outputs, batch, denominators)
+        with guard.raw_outputs(self, outputs, batch):
+            loss, results = self.objective.compute(outputs, batch, denominators)
         for term, result in zip(self.objective.terms, results, strict=True):
             self.metrics.add_output(result, term.mask(batch))
         controllers.observe(self, batch, outputs, results)
@@ -386,7 +397,10 @@ class Trainer:
             wanted -= {"ref_logps"}
         if self.online:
             wanted |= {"entropy"}
-        return frozenset(wanted)
+        # a value is also read at the answer's start, which may be masked
+        return frozenset(
+            wanted | (set() if {"values", "scores"} & self.objective.needs else constants.mask_only(batch))
+        )
 
     def optimizer_step(self, loss: float, *, update: bool = True) -> float:
         """Measure, guard, clip and apply the gradient.
@@ -402,62 +416,7 @@ class Trainer:
             TrainingError: when loss, gradient or an updated weight is not finite, more often than
                 ``max_nonfinite_steps``; nothing was applied.
         """
-        # a trust-region step has the length that its KL allows; it clips the critic's gradient itself
-        limit = self.config.max_grad_norm if self.trust_step is None else None
-        norm = float(
-            self.accelerator.clip_grad_norm_(self.model.parameters(), limit if limit is not None else float("inf"))
-        )
-        if not (_finite(loss) and _finite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            if guard.skips(self, f"loss={loss}, gradient norm={norm}"):
-                return norm
-            raise TrainingError(
-                f"step {self.step + 1}: loss={loss}, gradient norm={norm}; the step was not applied and the weights are "
-                f"those of step {self.step}. {self._smaller_step()}, or look at the batch: "
-                f"rewards and log-probs must be finite"
-            )
-        if update:
-            if self.own_schedule:
-                rate = self._rate(self.step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-            self._apply(norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _apply(self, norm: float) -> None:
-        """The optimizer's step; one that leaves a weight that is not finite is taken back."""
-        undo = guard.undo_for(self.optimizer, norm) if self.trust_step is None else guard.Undo(self.optimizer)
-        try:
-            with guard.explained(self), instant("train.optimizer"), self.meter.phase("optimizer"):
-                if self.trust_step is not None:
-                    self.trust_step.apply()
-                self.optimizer.step()
-        except BaseException:
-            if undo is not None:
-                undo.back()
-            raise
-        bad = guard.not_finite(self.model, self.accelerator)
-        if bad is None:
-            return
-        if undo is not None:
-            undo.back()
-        self.optimizer.zero_grad(set_to_none=True)
-        if undo is not None and guard.skips(self, f"the update left {bad} not finite"):
-            return
-        state = (
-            f"it was taken back, and the weights are those of step {self.step}" if undo else "they are spoilt in memory"
-        )
-        raise TrainingError(
-            f"step {self.step + 1}: the update left {bad} not finite; {state}. {self._smaller_step()}; "
-            f"the newest checkpoint is intact: the same command resumes from it"
-        )
-
-    def _smaller_step(self) -> str:
-        """What to change where steps are too large."""
-        if self.trust_step is not None and not self.trust_step.of_critic:
-            return f"Lower max_kl (now {self.trust_step.region.max_kl:g})"
-        return f"Lower learning_rate (now {self.optimizer.param_groups[0]['lr']:g})"
+        return _update.step(self, loss, update=update)
 
     def _rate(self, step: int) -> float:
         c = self.config
@@ -498,7 +457,8 @@ class Trainer:
 
     def prepare(self, batch: Batch) -> Batch:
         """Fill in what must be known before the first forward pass: old and reference log-probs, values, advantages."""
-        return self.objective.prepare(online.fill_constants(self, batch), meeting.everyone(self))
+        with guard.explained(self, "constants"):
+            return constants.prepared(self, batch)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics on held-out data, prefixed ``eval_``. Offline: the objective's; online: rewards of greedy answers."""
@@ -513,15 +473,14 @@ class Trainer:
         """
         if self.is_main:
             self.metrics_log.write(self.step, values)
-        self.accelerator.log({k: v for k, v in values.items() if _finite(v)}, step=self.step)
+        self.accelerator.log(values, step=self.step)
 
     def save_model(self, folder: str | Path) -> None:
-        """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft."""
-        if self.is_main:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with display.quiet_transformers():
-                self.policy.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
+        """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft.
+
+        The main process writes. Under FSDP all processes must call this.
+        """
+        _state.save_model(self, folder)
 
     def poll(self, *, boundary: bool = False) -> None:
         """Stop where a signal asked for it, to this process or another: all of them leave at the same step.
@@ -566,10 +525,10 @@ class Trainer:
     def _flush_metrics(self) -> dict[str, float]:
         values = setup.gather_metrics(self.accelerator, self.metrics)
         self.metrics = MetricSums()
-        return values | self.meter.flush(self)
+        return values | rows_read.metrics(self) | self.meter.flush(self)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        with guard.explained(self, "per_device_eval_batch_size"), self.meter.phase("evaluate"):
+        with guard.explained(self, "evaluate"), self.meter.phase("evaluate"):
             values = self.evaluate()
         self.log(values)
         self.evaluated_at = self.step

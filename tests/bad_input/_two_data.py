@@ -128,6 +128,11 @@ for _count in (1, 3, 5):
     evaluation("thumbs", THUMBS, _count, "kto", beta=0.1)
     evaluation("prompts", PROMPTS, _count, "rloo", beta=0.0, reward=varied)
 case(0, "other rows", "refused", "sft", rows=ANSWERS[::-1], whose=("second",), words=OTHER)
+case(
+    0, "other answers for the reward", "refused", "rloo", rows=[{**row, "answer": "1"} for row in PROMPTS], reward=varied,
+    good=[{**row, "answer": "2"} for row in PROMPTS], whose=("second",), beta=0.0,
+    words=("must agree", "process 1 has another content of the columns that are read", "answer ", "Give every process the same"),
+)  # fmt: skip
 
 
 class BreaksOff:

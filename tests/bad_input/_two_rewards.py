@@ -51,7 +51,7 @@ def reward(
 
 
 SAYS = "reward function 'sometimes'"
-reward(34, "NaN", "refused", lambda good: [NAN, *good[1:]], SAYS, "returned nan for row 0", "at step 1", "return None")
+reward(34, "NaN", "refused", lambda good: [NAN, *good[1:]], SAYS, "returned nan for row 0", "at step 2", "return None")
 reward(
     34,
     "inf",
@@ -59,7 +59,7 @@ reward(
     lambda good: [-float("inf"), *good[1:]],
     SAYS,
     "returned -inf for row 0",
-    "at step 1",
+    "at step 2",
     "return None",
 )
 reward(35, "None", "trains", lambda good: [None, *good[1:]], warns=(SAYS, "returned None", "left out"))
@@ -78,11 +78,11 @@ reward(
     "one number or None per completion",
 )
 reward(
-    40, "raises", "refused", lambda good: fails(KeyError("x")), SAYS, "raised KeyError: 'x'", "at step 1", "return None"
+    40, "raises", "refused", lambda good: fails(KeyError("x")), SAYS, "raised KeyError: 'x'", "at step 2", "return None"
 )
 reward(40, "server gone", "refused", lambda good: fails(RuntimeError("Connection reset by peer")),
        SAYS, "raised RuntimeError: Connection reset by peer", "return None")  # fmt: skip
-reward(41, "hangs", "refused", lambda good: time.sleep(20), SAYS, "did not return within 0.3 s", "at step 1",
+reward(41, "hangs", "refused", lambda good: time.sleep(20), SAYS, "did not return within 0.3 s", "at step 2",
        "raise the reward timeout", reward_timeout=0.3)  # fmt: skip
 reward(42, "huge", "either", lambda good: [1e30, *good[1:]])
 reward(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlft import Trainer
 from rlft._json import loads
@@ -17,7 +20,7 @@ from rlft.errors import TrainingError
 from rlft.run import meeting
 from rlft.runlock import RunLock
 from tests.bad_input._two_case import Hold, add
-from tests.bad_input.common import ANSWERS, RANKED, trainer
+from tests.bad_input.common import ANSWERS, MODEL, RANKED, trainer
 
 SHARED = ("must agree", "another checkpoint to go on from", "put output_dir", "on a file system that they share")
 
@@ -114,6 +117,34 @@ again(
     80, "other settings", "refused", "other settings", "beta: 0.1 -> 0.2", "another output_dir", changes={"beta": 0.2}
 )
 again(80, "other data", "refused", "training data changed", "restore the data", changes={"rows": RANKED[::-1]})
+again(
+    80, "another config of the model", "refused", "begun with something else", "config of the policy: rms_norm_eps",
+    "accept_changed: [weights]", changes={"model": {**MODEL, "rms_norm_eps": 0.1}},
+)  # fmt: skip
+
+
+def _stream_changed(folder: Path, met: bool, hold: Hold) -> None:
+    """Row 271, which process 1 was given, is another one when the run goes on; the first 256 rows are as they were."""
+    path = folder / "stream.jsonl"
+
+    def streamed(answer: str, **extra: Any) -> Trainer:
+        rows = [{"prompt": f"{i % 10}=", "completion": answer if i == 271 else "a"} for i in range(400)]
+        if os.environ["RANK"] == "0":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"streaming": True, "max_steps": 4, "per_device_train_batch_size": 70, "save_steps": 2, **extra}
+        meeting.meet()
+        torch.distributed.barrier()
+        return trainer(folder, "sft", str(path), **settings)
+
+    stopped(streamed("a"))
+    hold.trainer = streamed("b")
+    hold.trainer.train()
+
+
+add(
+    80, "stream changed", "refused", _stream_changed,
+    words=("the first 280 rows of epoch 1 are not those that were trained on", "accept_changed: [data]"),
+)  # fmt: skip
 again(81, "written by four processes", "trains", spoil=_manifest("checkpoint-1", world_size=4), first_run=stopped, at=2,
       warns=("written by 4 processes and 2 resume it", "not bit for bit"))  # fmt: skip
 again(82, "complete", "trains", at=2)

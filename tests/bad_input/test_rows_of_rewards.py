@@ -54,7 +54,7 @@ def test_bad_input_34_reward_not_finite(tmp_path: Path, value: float) -> None:
         t,
         "'later'",
         f"returned {value} for row 3",
-        "at step 1",
+        "at step 2",
         "must be finite",
         "return None",
         kind=RewardError,
@@ -140,7 +140,7 @@ def test_bad_input_40_reward_raises(tmp_path: Path, capsys: pytest.CaptureFixtur
         run(tmp_path, Later(raises)),
         "'later' raised KeyError",
         "no such answer",
-        "at step 1",
+        "at step 2",
         "return None",
         kind=RewardError,
         at=1,
@@ -178,7 +178,7 @@ def test_bad_input_41_reward_hangs(tmp_path: Path) -> None:
 
     t = run(tmp_path, Later(hangs), reward_timeout=0.3)
     started = time.monotonic()
-    stops(t, "'later'", "did not return within 0.3 s", "at step 1", "raise the reward timeout", kind=RewardError, at=1)
+    stops(t, "'later'", "did not return within 0.3 s", "at step 2", "raise the reward timeout", kind=RewardError, at=1)
     assert time.monotonic() - started < 10
 
 

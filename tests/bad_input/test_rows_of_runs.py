@@ -21,8 +21,22 @@ from rlft.checkpoint import CheckpointVersionError, CheckpointWarning
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.objective import Objective
+from rlft.rewards import RewardError
 from rlft.runlock import RunLock, RunLockError
-from tests.bad_input.common import ANSWERS, PROMPTS, RANKED, command, refused, same, state, stops, trainer, varied
+from tests.bad_input.common import (
+    ANSWERS,
+    PAIRS,
+    PROMPTS,
+    RANKED,
+    command,
+    refused,
+    same,
+    state,
+    stops,
+    trainer,
+    varied,
+)
+from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,7 +346,13 @@ def test_bad_input_84_out_of_memory_in_sampling_and_evaluation(tmp_path: Path) -
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     t = trainer(tmp_path, "rloo", PROMPTS, reward=varied, beta=0.0, sampler=Full())
-    stops(t, "step 1: out of memory", "per_device_train_batch_size=8", kind=TrainingError)
+    said = stops(
+        t,
+        "step 1: out of memory while sampling",
+        "8 answers at once (per_device_train_batch_size=8)",
+        kind=TrainingError,
+    )
+    assert "raise gradient_accumulation_steps" not in said  # a generation would be as large as before
     t = trainer(
         tmp_path / "b", "sft", ANSWERS, eval_dataset=[{"prompt": "x", "completion": "y"}], eval_steps=1, save_steps=1
     )
@@ -342,8 +362,82 @@ def test_bad_input_84_out_of_memory_in_sampling_and_evaluation(tmp_path: Path) -
 
     t.evaluate = full
     refused(
-        t.train, "out of memory", "per_device_eval_batch_size=8", "lower per_device_eval_batch_size", kind=TrainingError
+        t.train, "out of memory", "per_device_eval_batch_size=8", "Lower per_device_eval_batch_size", kind=TrainingError
     )
+
+
+def oom(*arguments: Any, **options: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_bad_input_84_out_of_memory_before_the_first_step(tmp_path: Path) -> None:
+    """In the self-checks a smaller batch does not help; under the reference it does."""
+    t = trainer(tmp_path / "a", "dpo", PAIRS, beta=0.1)
+    t.forward = oom
+    said = stops(
+        t, "out of memory in the self-checks", "per_device_train_batch_size=4 would need more", "dtype: bfloat16",
+        "shorten max_prompt_length", kind=TrainingError,
+    )  # fmt: skip
+    assert "Lower per_device_train_batch_size" not in said
+    t = trainer(tmp_path / "b", "dpo", PAIRS, beta=0.1, precompute_ref_log_probs=True, self_checks=False)
+    t.forward = oom
+    stops(
+        t, "out of memory while scoring the data under the reference", "per_device_train_batch_size=4",
+        "Lower per_device_train_batch_size and raise gradient_accumulation_steps", kind=TrainingError,
+    )  # fmt: skip
+
+
+def test_bad_input_84_out_of_memory_where_tokens_make_the_micro_batches(tmp_path: Path) -> None:
+    t = trainer(tmp_path, "sft", ANSWERS, max_tokens_per_micro_batch=64)
+    t.compute_loss = oom
+    said = stops(
+        t, "out of memory with max_tokens_per_micro_batch=64", "Lower max_tokens_per_micro_batch (the step stays the same)",
+        kind=TrainingError,
+    )  # fmt: skip
+    assert "per_device_train_batch_size" not in said
+
+
+def test_bad_input_84_out_of_memory_in_a_reward_and_a_critic(tmp_path: Path) -> None:
+    t = trainer(tmp_path / "a", "rloo", PROMPTS, reward=oom, beta=0.0)
+    stops(t, "'oom' ran out of memory", "for rows 0 to 7", "lower per_device_train_batch_size", kind=RewardError)
+    critic = tmp_path / "critic"
+    tiny_llama().save_pretrained(critic)
+    t = trainer(tmp_path / "b", "ppo", PROMPTS, reward=varied, beta=0.1, critic=str(critic), self_checks=False)
+    forward = t.forward
+    t.forward = lambda batch, want: oom() if "values" in want else forward(batch, want)
+    stops(
+        t, "out of memory while scoring what a step needs beforehand", "per_device_train_batch_size=8", "set critic: shared",
+        kind=TrainingError,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+def test_bad_input_84_out_of_memory_in_the_update(tmp_path: Path, taken_back: bool) -> None:
+    """AdamW with ordinary settings leaves no copy to go back to, and the message does not pretend that it does."""
+    t = trainer(tmp_path, "sft", ANSWERS, self_checks=False)
+    if taken_back:
+        t.optimizer.param_groups[0]["eps"] = 0.0  # no trust in it, so a copy is kept
+    step, before = t.optimizer.step, [p.detach().clone() for p in t.policy.parameters()]
+
+    def half(*arguments: Any) -> None:
+        step(*arguments)
+        oom()
+
+    t.optimizer.step = half
+    said = refused(
+        t.train,
+        "step 1: out of memory in the optimizer's update",
+        "trained weights",
+        "Set use_peft: true",
+        kind=TrainingError,
+    )
+    same = all(torch.equal(p, q) for p, q in zip(t.policy.parameters(), before, strict=True))
+    assert same is taken_back
+    assert ("the step was not applied" in said) is taken_back
+    assert (
+        "may be applied to a part of the weights in memory, and no checkpoint was written" in said
+    ) is not taken_back
+    assert not list(t.run_dir.glob("checkpoint-*"))
 
 
 def test_bad_input_84_other_errors_stay_themselves(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ QUICK = (
     "32 reward head newly made, second", "34 NaN, first", "36 all None for 2 steps here, second", "40 raises, second",
     "62 adapter keys unmatched, second", "66 mask of numbers in sft, second", "67 wrong shape, first", "69 -inf, second",
     "70 NaN that is masked, second", "70 nothing wrong, both", "78 newest checkpoint damaged there, second",
-    "84 out of memory, second", "00 other rows, second", "00 learning rate differs, second",
+    "84 out of memory, second", "00 other rows, second", "00 other answers for the reward, second",
+    "80 another config of the model, both", "00 learning rate differs, second",
 )  # fmt: skip
 
 
@@ -154,5 +155,5 @@ def test_the_launcher_shows_what_is_wrong(tmp_path: Path) -> None:
         "max_completion_length=4", f"output_dir={tmp_path / 'd'}",
     )  # fmt: skip
     assert code != 0
-    assert "rlft: reward function 'own' raised OSError: gone at step 0; return None for rows it cannot score" in said
+    assert "rlft: reward function 'own' raised OSError: gone at step 1, for row 0, found by scoring rows one by one" in said
     assert (tmp_path / "d" / "checkpoint-0").is_dir(), "both processes save before they leave"

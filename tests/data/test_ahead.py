@@ -216,7 +216,8 @@ def test_an_epoch_that_became_empty_is_refused(char: Any, here: list[Here], tmp_
     for workers in (0, 2):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
         stream = opened(str(path), char, workers, block=1)
-        stream.load_state_dict({**stream.state_dict(), "consumed": 4})
+        assert len(walk(stream, 4)) == 4
+        stream.load_state_dict(stream.state_dict())
         path.write_text("")
         assert walk(stream, 1)[0][1] in (
             "the state is after 4 rows, the stream now ends after 0; give the same rows",
@@ -229,6 +230,28 @@ def test_fewer_rows_than_the_state_says(char: Any, here: list[Here]) -> None:
     stream.load_state_dict({**stream.state_dict(), "consumed": 6})
     with pytest.raises(ValueError, match="ends after 5"):
         next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_rows_that_changed_before_the_place_are_noticed_by_workers(char: Any, here: list[Here], workers: int) -> None:
+    """Whoever read them first, and whoever reads them again."""
+    for first in (0, 2):
+        stream = opened(rows(9), char, first, block=2)
+        for _ in range(5):
+            next(stream)
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream.close()
+        same = opened(rows(9), char, workers, block=2)
+        same.load_state_dict(state)
+        assert next(same).prompt == "p5"
+        same.close()
+        changed = rows(9)
+        changed[3] = {"prompt": "p3", "completion": "other"}
+        other = opened(changed, char, workers, block=2)
+        with pytest.raises(ValueError, match="the first 5 rows of epoch 1 are not those that were trained on"):
+            other.load_state_dict(state)
+            next(other)
+        other.close()
 
 
 class Odd:

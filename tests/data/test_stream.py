@@ -113,3 +113,98 @@ def test_column_problems_name_the_columns(char):
         next(TokenStream([{"promt": "x"}], char))
     with pytest.raises(ValueError, match="row 0: role 'human'"):
         next(TokenStream([{"prompt": [{"role": "human", "content": "x"}]}], char))
+
+
+def walked(source, char, steps, **options):
+    """Outcome of every call, up to the error that ends it: the prompt, or the error's words."""
+    stream, found = TokenStream(source, char, **options), []
+    for _ in range(steps):
+        try:
+            found.append(next(stream).prompt)
+        except ValueError as error:
+            return stream, [*found, str(error)]
+    return stream, found
+
+
+@pytest.mark.parametrize("bad", [range(660, 663), range(500, 512), range(190, 193), [*range(40, 44), 240]], ids=str)
+@pytest.mark.parametrize("stop", [1, 150, 198, 450])
+def test_unusable_rows_are_counted_over_a_stop(char, bad, stop):
+    """A share of unusable rows refuses a resumed stream exactly where it refuses the one that was never stopped."""
+    source = rows(700)
+    for i in bad:
+        source[i] = {"prompt": f"p{i}", "completion": ""}
+    options = {"shuffle_buffer": 0, "seed": 7}
+    whole, expected = walked(source, char, 900, **options)
+    first, said = walked(source, char, stop, **options)
+    if len(said) < stop or said[-1:] != expected[stop - 1 : stop]:
+        assert said == expected  # refused before the stop
+        return
+    resumed = TokenStream(source, char, **options)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found = list(said)
+    for _ in range(900 - stop):
+        try:
+            found.append(next(resumed).prompt)
+        except ValueError as error:
+            found.append(str(error))
+            break
+    assert found == expected
+    assert resumed.report == whole.report
+
+
+@pytest.mark.parametrize("buffer", [0, 5])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_rows_that_changed_before_the_place_are_noticed(char, buffer, rank, world_size):
+    options = {"shuffle_buffer": buffer, "seed": 3, "rank": rank, "world_size": world_size}
+    stream = TokenStream(rows(20), char, **options)
+    given = prompts(stream, 14 // world_size)
+    state = json.loads(json.dumps(stream.state_dict()))
+    TokenStream(rows(20), char, **options).load_state_dict(state)
+    for number in range(20):
+        changed = rows(20)
+        changed[number] = {"prompt": f"p{number}", "completion": "other"}
+        again = TokenStream(changed, char, **options)
+        if f"p{number}" in given:
+            with pytest.raises(ValueError, match=r"training data changed: the first 1\d rows of epoch 1 .*\[data\]"):
+                again.load_state_dict(state)
+        else:  # not yet given out, or another process's
+            again.load_state_dict(state)
+    turned = rows(20)
+    turned[:10] = turned[9::-1]
+    with pytest.raises(ValueError, match="or come in another order"):
+        TokenStream(turned, char, **options).load_state_dict(state)
+
+
+def test_rows_are_compared_from_the_beginning_of_the_epoch(char):
+    stream = TokenStream(rows(6), char)
+    prompts(stream, 8)
+    state = stream.state_dict()
+    changed = rows(6)
+    changed[1]["completion"] = "other"
+    with pytest.raises(ValueError, match="the first 2 rows of epoch 2"):
+        TokenStream(changed, char).load_state_dict(state)
+    # where they were not compared once, they cannot be until the epoch is over
+    again = TokenStream(changed, char)
+    again.load_state_dict({**state, "rows_hash": ""})
+    assert prompts(again, 2) == ["p2", "p3"]
+    assert again.state_dict()["rows_hash"] == ""
+    TokenStream(rows(6), char).load_state_dict(again.state_dict())
+    assert prompts(again, 3) == ["p4", "p5", "p0"]
+    assert again.state_dict()["rows_hash"]
+    with pytest.raises(ValueError, match="in another order"):
+        TokenStream(rows(6)[::-1], char).load_state_dict(again.state_dict())
+
+
+def test_a_state_of_other_processes_or_of_an_older_version_gives_the_place(char):
+    bad = [{"prompt": "", "completion": "x"}, *rows(11)]
+    stream = TokenStream(bad, char, world_size=2, max_bad_fraction=0.5)
+    prompts(stream, 2)
+    state = stream.state_dict()
+    assert state["counts"]["skipped"] == {"empty prompt": 1}
+    alone = TokenStream(bad, char, max_bad_fraction=0.5)
+    alone.load_state_dict(state)
+    assert alone.report.rows == 0
+    assert prompts(alone, 2) == [f"p{state['consumed'] - 1}", f"p{state['consumed']}"]
+    old = TokenStream(bad, char, world_size=2, max_bad_fraction=0.5)
+    old.load_state_dict({name: state[name] for name in ("epoch", "consumed", "seed", "shuffle_buffer")})
+    assert prompts(old, 2) == prompts(stream, 2)

@@ -191,6 +191,42 @@ def test_links_out_of_the_folder_are_refused_but_the_hub_cache_is_not(saved: Pat
     assert same(load_causal_lm(hub / "snapshots" / "rev"), tiny_llama())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+     "added_tokens.json", "tokenizer.model", "generation_config.json", "anything.else", "additional_chat_templates/tool.jinja"],
+)  # fmt: skip
+def test_no_file_of_a_folder_may_be_a_link_out_of_it(saved: Path, tmp_path: Path, name: str) -> None:
+    """Else a template could carry a file of this machine into the exported model."""
+    from rlft.models import load_tokenizer
+    from tests.tiny import char_tokenizer
+
+    char_tokenizer().save_pretrained(saved)
+    outside = tmp_path / "secret.txt"
+    outside.write_text("top {{ secret }}")
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(outside)
+    for load in (load_tokenizer, load_causal_lm):
+        with pytest.raises(ValueError, match=rf"{name} is a link to a file outside the folder; copy the file into it"):
+            load(saved)
+    (saved / name).unlink()
+    (saved / name).symlink_to(tmp_path / "gone")  # one that leads nowhere may lead somewhere tomorrow
+    with pytest.raises(ValueError, match="is a link to a file outside the folder"):
+        load_tokenizer(saved)
+
+
+def test_links_inside_a_folder_are_followed(saved: Path) -> None:
+    from rlft.models import load_tokenizer
+    from tests.tiny import char_tokenizer
+
+    char_tokenizer().save_pretrained(saved)
+    (saved / "template").write_text("{{ messages }}")
+    (saved / "chat_template.jinja").unlink(missing_ok=True)
+    (saved / "chat_template.jinja").symlink_to("template")
+    assert load_tokenizer(saved).chat_template == "{{ messages }}"
+
+
 def test_pickled_weights_are_refused_and_never_read(saved: Path) -> None:
     class Boom:
         def __reduce__(self):

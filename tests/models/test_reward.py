@@ -240,3 +240,50 @@ def test_answers_of_one_prompt_are_scored_with_it_once() -> None:
     got = reward([prompts[i] for i in order], [answers[i] for i in order])
     assert got == pytest.approx([text_scores(model, tokenizer, texts)[i] for i in order], rel=1e-5)
     assert reward.scorer.layout_used.computed < 0.5 * sum(map(len, texts))
+
+
+# -- chunks by tokens -------------------------------------------------------------------------------------------------
+class Sizes:
+    """Texts x longest text of every pass of a reward model, and how many there were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokens: list[int] = []
+        self.texts: list[int] = []
+        forward = RewardScorer.forward
+
+        def watched(scorer: RewardScorer, batch, **options):
+            lengths = batch.prompt_mask.sum(-1)[batch.group_ids] + batch.completion_mask.sum(-1)
+            self.tokens.append(int(len(lengths) * lengths.max()))
+            self.texts.append(len(lengths))
+            return forward(scorer, batch, **options)
+
+        monkeypatch.setattr(RewardScorer, "forward", watched)
+
+
+def many() -> tuple[list[str], list[str]]:
+    prompts = [f"question {i}: " + "what is it? " * (i % 3) for i in range(6) for _ in range(4)]
+    return prompts, ["yes" * (1 + (7 * i) % 5) for i in range(24)]
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("budget", [1, 70, 200, 10_000])
+def test_a_reward_model_scores_by_tokens(monkeypatch: pytest.MonkeyPatch, budget: int, layout) -> None:
+    model, tokenizer, (prompts, answers) = classifier(dtype=torch.float64), char_tokenizer(), many()
+    truth = ModelReward(model, tokenizer, batch_size=1)(prompts, answers)
+    sizes = Sizes(monkeypatch)
+    reward = ModelReward(model, tokenizer, max_tokens=budget)
+    reward.scorer.layout = layout
+    assert reward(prompts, answers) == pytest.approx(truth, rel=1e-10)
+    assert sum(sizes.texts) == 24
+    for tokens, texts in zip(sizes.tokens, sizes.texts, strict=True):
+        assert tokens <= budget or texts == 1
+    assert len(sizes.texts) == {1: 24, 10_000: 1}.get(budget, len(sizes.texts))
+    assert 1 <= len(sizes.texts) <= 24
+
+
+def test_a_budget_takes_the_place_of_a_number_of_texts() -> None:
+    model, tokenizer = classifier(), char_tokenizer()
+    with pytest.raises(ValueError, match="max_tokens must be >= 1"):
+        ModelReward(model, tokenizer, max_tokens=0)
+    with pytest.raises(ValueError, match="batch_size=3 does nothing beside max_tokens=100; drop one"):
+        ModelReward(model, tokenizer, batch_size=3, max_tokens=100)

@@ -27,6 +27,7 @@ BEGIN, END = "<!-- figures: written by make kill-tests -->", "<!-- end of figure
 BOTH, MORE = ["dpo", "grpo"], ["agro", "ppo", "dapo", "stream"]
 
 Share = Callable[[int], int]
+REFILLS = "SIGKILL of one process of two that draw again differently often (DAPO's dynamic sampling)"
 FEW = ("from the start", "restart after a kill in a save", "stopped by a signal on a saved step")
 
 #: section -> (long, for a share of the cases; quick)
@@ -45,6 +46,10 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Share], Figures], Callable[[Bench], F
     ),
     "signals": (lambda b, n: kills.signals(b, [*BOTH, "agro"], n(50)), lambda b: kills.signals(b, ["grpo"], 2)),
     "ranks": (lambda b, n: kills.rank_kills(b, "grpo", n(20)), lambda b: kills.rank_kills(b, "grpo", 1)),
+    "rank-refills": (
+        lambda b, n: kills.rank_kills(b, "refills", n(8), title=REFILLS, alike=False),
+        lambda b: kills.rank_kills(b, "refills", 2, title=REFILLS, alike=False),
+    ),
     "workers": (
         lambda b, n: workers.worker_kills(b, {"map_workers": n(20), "stream_workers": n(20)}),
         lambda b: workers.worker_kills(b, {"stream_workers": 3}),
@@ -56,7 +61,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Share], Figures], Callable[[Bench], F
     "rewards": (lambda b, n: faults.rewards(b, ["grpo", "agro"], n(100)), lambda b: faults.rewards(b, ["grpo"], 2)),
     "soak": (lambda b, n: faults.soak(b, ["soak_dpo", "soak_grpo"], 2000), lambda b: faults.soak(b, ["soak_dpo"], 200)),
 }
-QUICK = [name for name in SECTIONS if name not in ("ranks", "soak", "read-only", "workers")]
+QUICK = [name for name in SECTIONS if name not in ("ranks", "rank-refills", "soak", "read-only", "workers")]
 
 
 def main() -> int:

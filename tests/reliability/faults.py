@@ -225,7 +225,7 @@ def rewards(bench: Bench, names: list[str], count: int) -> Figures:
         ended = bench.launch(name, folder, label, env={runs.FAULT: f"{kind}:{call}"})
         figures.cases += 1
         kinds[kind] += 1
-        for words in (f"reward function 'digits' {said[kind]}", f"at step {ended.steps}"):
+        for words in (f"reward function 'digits' {said[kind]}", f"at step {ended.steps + 1}"):
             if ended.status != 1 or words not in ended.text:
                 bench.fail(label, f"ended with {ended.status}, without {words!r}: {ended.text[-600:]}")
         if runs.newest(folder) != ended.steps or not (folder / f"checkpoint-{ended.steps}").exists():

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlft import checkpoint
 from rlft._failpoint import failpoints_in_source
 from tests.reliability import forker, runs
 from tests.reliability.bench import Bench, Figures
@@ -236,9 +237,17 @@ def signals(bench: Bench, names: list[str], count: int) -> Figures:
     return figures
 
 
-def rank_kills(bench: Bench, name: str, count: int) -> Figures:
-    """SIGKILL of one process of two (gloo); the other must leave by itself within 60 s and say why."""
-    figures = bench.begin("SIGKILL of one process of two (gloo)", count)
+def rank_kills(bench: Bench, name: str, count: int, *, title: str = "", alike: bool = True) -> Figures:
+    """SIGKILL of one process of two (gloo); the other must leave by itself within 60 s and say why.
+
+    Args:
+        bench: of the campaign.
+        name: of the run.
+        count: cases; a kill that comes after the end is none.
+        title: of the section.
+        alike: whether both processes count alike; False: that they do not is checked, since the section is about it.
+    """
+    figures = bench.begin(title or "SIGKILL of one process of two (gloo)", count)
     digests = []
     seconds = 0.0
     for _ in range(2):
@@ -250,13 +259,18 @@ def rank_kills(bench: Bench, name: str, count: int) -> Figures:
             bench.fail(f"{name} on two processes", f"does not run: {[ended.text[-800:] for ended in ends]}")
             return figures
         digests.append(runs.digest(folder))
+        own = [checkpoint.load(folder / f"checkpoint-{runs.newest(folder)}", rank=rank).records for rank in range(2)]
+        if not alike and own[0]["trainer"]["rollouts"] == own[1]["counters"]["rollouts"]:
+            bench.fail(f"{name} on two processes", "both sampled as often: nothing here is of one process alone")
         shutil.rmtree(folder)
     if digests[0] != digests[1]:
         bench.fail(f"{name} on two processes", "two uninterrupted runs differ")
         return figures
     bench.expected[f"{name} x 2"] = digests[0]
     slowest, said = 0.0, 0
-    for index in range(count):
+    for index in range(3 * count):
+        if figures.cases == count:
+            break
         folder, victim = bench.folder(), index % 2
         pair = _pair(bench, name, folder)
         # after they have met: before that, the one that is left waits for the other as long as at any start

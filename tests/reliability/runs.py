@@ -55,6 +55,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ppo": {"objective": "ppo", **_ONLINE, "max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
             "steps_per_generation": 4, "logging_steps": 3},
     "dapo": {"objective": "dapo", **_LORA, **_ONLINE, "max_steps": 5, "dynamic_sampling": True, "max_refills": 2},
+    # two answers that often earn the same: on several processes each draws again as often as it must
+    "refills": {"objective": "dapo", **_LORA, **_ONLINE, "rewards": ["tests.reliability.runs:parity"], "num_generations": 2,
+                "per_device_train_batch_size": 4, "max_steps": 6, "dynamic_sampling": True, "max_refills": 4},
     # rows read from the file while training goes on, past its end, drawn from a buffer
     "stream": {"objective": "dpo", "beta": 0.1, **_LORA, "streaming": True, "shuffle_buffer": 5, "max_steps": 9,
                "per_device_train_batch_size": 4, "eval_steps": 4},
@@ -85,6 +88,11 @@ def digits(completions: list[str], **columns: Any) -> list[float]:
 
 
 digits.calls = 0  # type: ignore[attr-defined]
+
+
+def parity(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Whether the sum of the ids is odd."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 def write_configs(root: Path) -> dict[str, Path]:
@@ -133,6 +141,10 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock")
 
 
+#: Of a run's counters: bytes of the log depend on how many digits a time has, and where a run began from is no result.
+_NO_RESULT = ("log_offset", "resumed_from")
+
+
 def digest(folder: Path, step: int | None = None) -> dict[str, str]:
     """SHA-256 of each part of a run's end: tensors by file, records, the log without the clock, the exported model.
 
@@ -140,11 +152,18 @@ def digest(folder: Path, step: int | None = None) -> dict[str, str]:
         folder: of the run.
         step: of the checkpoint to read; default the newest.
     """
-    found = checkpoint.load(folder / f"checkpoint-{newest(folder) if step is None else step}")
+    path = folder / f"checkpoint-{newest(folder) if step is None else step}"
+    found = checkpoint.load(path)
     parts = {f"tensors/{stem}": checkpoint.fingerprint(named) for stem, named in found.tensors.items()}
+    for rank in range(1, found.manifest.world_size):  # what that process alone knows
+        own = checkpoint.load(path, rank=rank)
+        parts |= {f"tensors/{s}/{rank}": checkpoint.fingerprint(t) for s, t in own.tensors.items() if s in own.own}
+        values = {stem: record for stem, record in own.records.items() if stem in own.own}
+        values["counters"] = {k: v for k, v in values.get("counters", {}).items() if k not in _NO_RESULT}
+        parts |= {f"records/{s}/{rank}": hashlib.sha256(canonical(record)).hexdigest() for s, record in values.items()}
     for stem, record in found.records.items():
-        if stem == "trainer":  # bytes of the log depend on how many digits a time has
-            record = {key: value for key, value in record.items() if key != "log_offset"}
+        if stem == "trainer":
+            record = {key: value for key, value in record.items() if key not in _NO_RESULT}
         if stem == "config":
             record = {
                 key: value

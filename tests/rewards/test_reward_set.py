@@ -178,10 +178,10 @@ def test_33_a_list_in_a_row(value):
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf"), torch.tensor(NAN), np.float32("nan"), 10**400])
 def test_34_not_finite(bad):
     with pytest.raises(
-        RewardError, match=r"'judge' returned (nan|-?inf) for row 2 at step 7; a reward must be finite"
+        RewardError, match=r"'judge' returned (nan|-?inf) for row 2 at step 8; a reward must be finite"
     ) as e:
         score(RewardSet(returning([0.0, 0.0, bad])), state=SimpleNamespace(global_step=7))
-    assert (e.value.function, e.value.step, e.value.row) == ("judge", 7, 2)
+    assert (e.value.function, e.value.step, e.value.row) == ("judge", 8, 2)
 
 
 def test_35_36_none_is_unscored_warned_once_and_counted(caplog):
@@ -232,7 +232,7 @@ def test_38_strings_and_gradients_are_refused(value, what):
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_39_wrong_count(count):
-    with pytest.raises(RewardError, match=rf"'judge' returned {count} rewards for 3 completions at step 5"):
+    with pytest.raises(RewardError, match=rf"'judge' returned {count} rewards for 3 completions at step 6"):
         score(RewardSet(returning([1.0] * count)), state={"global_step": 5})
 
 
@@ -245,7 +245,7 @@ def test_40_raises_is_named_and_chained(timeout):
         raise KeyError("boom")
 
     for func, name in ((judge, "judge"), (async_judge, "async_judge")):
-        with pytest.raises(RewardError, match=rf"'{name}' raised KeyError: 'boom' at step 5") as caught:
+        with pytest.raises(RewardError, match=rf"'{name}' raised KeyError: 'boom' at step 6") as caught:
             score(RewardSet(func, timeout=timeout), state=SimpleNamespace(global_step=5))
         assert isinstance(caught.value.__cause__, KeyError)
         assert caught.value.function == name
@@ -269,7 +269,7 @@ def test_41_a_hang_ends_at_the_limit():
     for funcs, name in (([hangs], "hangs"), ([quick, hangs_async], "hangs_async"), ([blocks], "blocks")):
         start = time.monotonic()
         with pytest.raises(
-            RewardError, match=rf"'{name}' did not return within 0.2 s at step 5; raise the reward timeout"
+            RewardError, match=rf"'{name}' did not return within 0.2 s at step 6, for rows 0 to 2; raise the reward timeout"
         ):
             score(RewardSet(funcs, timeout=0.2), state=SimpleNamespace(global_step=5))
         assert time.monotonic() - start < 3
@@ -341,3 +341,164 @@ def test_wrong_lengths_and_reserved_columns():
         rewards(["p"], COMPLETIONS, IDS)
     with pytest.raises(ValueError, match="column name 'completion_ids' is an argument"):
         score(rewards, columns={"completion_ids": IDS})
+
+
+# -- whose thread it is ---------------------------------------------------------------------------------------------------
+def limited(seconds: int, work):
+    """As math-verify limits its parser: an alarm, which only the main thread may set."""
+    import signal
+
+    def late(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        return work()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_a_reward_may_set_alarms_of_its_own(timeout):
+    def judge(completions, **_):
+        return limited(5, lambda: [float(len(c)) for c in completions])
+
+    def late(completions, **_):
+        return limited(1, lambda: time.sleep(20))
+
+    assert score(RewardSet(judge, timeout=timeout), poll=lambda: None).rewards.tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(RewardError, match=r"'late' raised TimeoutError: .*(in rows 0 to 2|for row 0)"):
+        score(RewardSet(late, timeout=timeout and 2.5), poll=lambda: None)
+
+
+def test_a_hang_ends_inside_the_function_and_nothing_comes_after_it():
+    """What it opened is closed, what it catches does not keep it, and the next calls are not disturbed."""
+    import signal
+
+    before, closed = signal.getsignal(signal.SIGURG), []
+
+    def catches(**_):
+        for _ in range(4):
+            try:
+                time.sleep(20)
+            except BaseException:
+                closed.append(1)
+                continue
+        return [0.0] * 3
+
+    def tidy(**_):
+        try:
+            threading.Event().wait(20)
+        finally:
+            closed.append(2)
+
+    for func, expected in ((catches, [1] * 4), (tidy, [2])):
+        closed.clear()
+        with pytest.raises(RewardError, match=r"did not return within 0.2 s"):
+            score(RewardSet(func, timeout=0.2))
+        assert closed == expected
+    time.sleep(0.4)  # longer than the watcher takes between two signals
+    assert signal.getsignal(signal.SIGURG) == before
+    assert threading.active_count() < 20
+    assert not [t for t in threading.enumerate() if t.name == "rlft-reward-watch"]
+
+
+def test_a_set_inside_a_reward_keeps_its_own_limit_and_that_of_the_outer_one():
+    def slow(**_):
+        time.sleep(20)
+
+    inner = RewardSet(slow, timeout=10.0)
+
+    def outer(prompts, completions, completion_ids, **_):
+        return inner(prompts, completions, completion_ids).rewards.tolist()
+
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"'outer' did not return within 0.3 s"):
+        score(RewardSet(outer, timeout=0.3))
+    quick = RewardSet(slow, timeout=0.2)
+
+    def around(prompts, completions, completion_ids, **_):
+        return quick(prompts, completions, completion_ids).rewards.tolist()
+
+    with pytest.raises(RewardError, match=r"'around' raised RewardError: reward function 'slow' did not return within 0.2"):
+        score(RewardSet(around, timeout=10.0))
+    assert time.monotonic() - start < 8
+
+
+def test_in_another_thread_the_limit_is_kept_too():
+    said = []
+
+    def hangs(**_):
+        time.sleep(5)
+
+    def work():
+        try:
+            score(RewardSet(hangs, timeout=0.2))
+        except RewardError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(4)
+    assert "did not return within 0.2 s" in said[0]
+
+
+# -- which step, which row ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_the_row_that_raises_is_found(kind):
+    def judge(completions, note, **_):
+        return [1 / (len(c) - 2) for c in completions]  # the second row
+
+    async def judge_async(completions, note, **_):
+        return judge(completions, note)
+
+    func = judge if kind == "plain" else judge_async
+    columns = {"note": ["x", "y", "z"]}
+    with pytest.raises(RewardError, match=r"at step 5, for row 1, found by scoring rows one by one; return None") as caught:
+        score(RewardSet(func, timeout=5.0), columns=columns, state=SimpleNamespace(global_step=4))
+    assert (caught.value.row, caught.value.step) == (1, 5)
+
+
+def test_rows_are_named_where_none_raises_alone():
+    def judge(completions, **_):
+        if len(completions) > 1:
+            raise ValueError("together only")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"raised ValueError: together only, in rows 0 to 2; return None") as caught:
+        score(RewardSet(judge))
+    assert caught.value.row is None
+
+
+def test_the_search_for_a_row_ends_with_the_limit():
+    def judge(completions, **_):
+        if len(completions) > 1:
+            raise ValueError("gone")
+        time.sleep(20)
+
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"raised ValueError: gone, in rows 0 to 2"):
+        score(RewardSet(judge, timeout=0.3))
+    assert time.monotonic() - start < 5
+
+
+def test_an_evaluation_is_named_as_such():
+    with pytest.raises(RewardError, match=r"returned nan for row 0 after step 4, in evaluation; a reward") as caught:
+        score(RewardSet(returning([NAN, 0.0, 0.0])), state=SimpleNamespace(global_step=4, is_training=False))
+    assert caught.value.step == 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_names_what_helps(training):
+    calls = []
+
+    def judge(**_):
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    size = f"lower per_device_{'train' if training else 'eval'}_batch_size"
+    with pytest.raises(RewardError, match=rf"'judge' ran out of memory \(CUDA .*for rows 0 to 2; score fewer .*{size}"):
+        score(RewardSet(judge), state={"global_step": 4, "is_training": training})
+    assert calls == [1]  # once more would not fit either

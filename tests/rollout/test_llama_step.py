@@ -341,10 +341,11 @@ def test_what_training_leaves_on_a_model_is_no_obstacle():
 
 
 # -- the comparison on first use --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+@pytest.mark.parametrize("layers", [2, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
-def test_known_models_agree(name, dtype):
-    model = build(name, dtype)
+def test_known_models_agree(name, dtype, layers):
+    model = build(name, dtype, num_hidden_layers=layers)
     step = LlamaStep(model, rows=4, copy_bytes=1 << 30)
     with torch.no_grad():
         assert disagreement(model, step, PROMPTS, pad_id=0) is None
@@ -379,9 +380,11 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_step_that_differs_is_not_used(fault, monkeypatch):
-    model = build(dtype=torch.float32)
+def test_a_step_that_differs_is_not_used(fault, dtype, monkeypatch):
+    """In half precision too, where each of these faults is smaller than the rounding of the whole model."""
+    model = build(dtype=dtype)
     made = []
 
     class Faulty(LlamaStep):
@@ -405,12 +408,13 @@ def test_a_step_that_differs_is_not_used(fault, monkeypatch):
     assert len(made) == 1, "what was found once is not tried again"
 
 
-def test_a_fault_in_shared_prompts_is_found(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_in_shared_prompts_is_found(dtype, monkeypatch):
     from rlft.rollout.shared_rows import SharedRows
 
     right = SharedRows.attend
     monkeypatch.setattr(SharedRows, "attend", lambda self, *args, **kw: right(self, *args, **kw) * 1.01)
-    model = build(dtype=torch.float32)
+    model = build(dtype=dtype)
     step = LlamaStep(model, rows=4, copy_bytes=0)
     with torch.no_grad():
         assert "its logits differ" in disagreement(model, step, PROMPTS, pad_id=0)

@@ -180,6 +180,36 @@ def test_sampling_requests(vllm):
         assert finished == (ids[-1] in (*STOPS, tiny.EOS_ID))
 
 
+def test_settings_of_each_request(vllm):
+    """Each request goes out, and its rows come back, with its own settings; a greedy one is drawn once and repeated."""
+    sampler = make_sampler("vllm", tiny.tiny_llama(), tiny.char_tokenizer())
+    params = [
+        SamplingParams(9, temperature=0.7, top_p=0.9, stop_token_ids=STOPS),
+        SamplingParams(4, greedy=True),
+        SamplingParams(12, top_k=5, min_p=0.1, repetition_penalty=1.1, stop_token_ids=(50,)),
+        SamplingParams(4, greedy=True),
+        SamplingParams(2),
+    ]
+    out = sampler.sample(PROMPTS, 3, params, seed=4)
+    _, requests = sampler.engine.requests[0]
+    assert [r.n for r in requests] == [3, 1, 3, 1, 3]
+    assert [r.max_tokens for r in requests] == [9, 4, 12, 4, 2]
+    assert [r.temperature for r in requests] == [0.7, 0.0, 1.0, 0.0, 1.0]
+    assert [(r.top_p, r.top_k, r.min_p, r.repetition_penalty) for r in requests[:3:2]] == [
+        (0.9, 0, 0.0, 1.0),
+        (1.0, 5, 0.1, 1.1),
+    ]
+    assert [r.stop_token_ids for r in requests[:3]] == [sorted({tiny.EOS_ID, *STOPS}), [tiny.EOS_ID], [tiny.EOS_ID, 50]]
+    assert len(out) == 15
+    assert out.completion_ids[3] == out.completion_ids[4] == out.completion_ids[5]
+    for row, (ids, finished) in enumerate(zip(out.completion_ids, out.finished, strict=True)):
+        own = params[row // 3]
+        assert finished == (ids[-1] in (*own.stop_token_ids, tiny.EOS_ID))
+        assert len(ids) <= own.max_new_tokens
+    alone = [sampler.sample(PROMPTS, 3, each, seed=4).completion_ids for each in params]
+    assert out.completion_ids == [alone[row // 3][row] for row in range(15)]
+
+
 def test_poll_comes_through(vllm):
     class Signal(Exception):
         pass

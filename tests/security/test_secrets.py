@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from rlft._redact import secret_keys
+import rlft
+from rlft._redact import LOGGERS, redact, secret_keys
 from rlft.config import Config, ConfigError, load_config
-from tests.bad_input.common import ANSWERS, MODEL
+from rlft.run import display
+from tests.bad_input.common import ANSWERS, MODEL, trainer, varied
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +27,13 @@ ENVIRONMENT = {
     "WANDB_API_KEY": "plainenvironmentcanary",
     "SERVICE_PASSWORD": "open sesame canary",
     "AWS_SECRET_ACCESS_KEY": "wJalrCanaryKEY/abc+def",
+    "KAGGLE_KEY": "0123456789canary0123456789",
+    "PGPASSWORD": "correct-horse-canary",
+    "MYSQL_PWD": "battery-staple-canary",
+    "HF_TOKEN_READ": "plaincanarytoread",
+    "OPENAI_KEY": "plaincanaryofopenai",
+    "AZURE_STORAGE_KEY": "canarystorage1234==",
+    "kaggle_pat": "lowercasecanary",
 }
 #: In a setting's value, by mistake.
 SETTING = "sk-" + "SettingCanary0123456789"
@@ -33,16 +45,22 @@ METADATA = {
 }
 #: In the text of an error that a library raises.
 ERROR = "hf_" + "ErrorCanary0123456789abcd"
-CANARIES = [*ENVIRONMENT.values(), SETTING, "metadata-canary", ERROR]
+#: In a link, with what a password may hold.
+LINK = "link/canary@home"
+CANARIES = [*ENVIRONMENT.values(), SETTING, "metadata-canary", ERROR, "link/canary"]
 
 REWARD = f"""
-import os
+import logging, os
 
 def fine(completions, **columns):
     return [float(len(c) % 5) + 0.1 * i for i, c in enumerate(completions)]
 
 def fails(completions, **columns):
-    raise RuntimeError(f"401 for https://user:{{os.environ['SERVICE_PASSWORD']}}@host, token {ERROR}, Bearer {{os.environ['HF_TOKEN']}}")
+    for name in {sorted(set(ENVIRONMENT))}:
+        logging.getLogger("rlft").warning("%s was %s", "it", os.environ[name])
+        logging.getLogger("rlft.rewards").info(f"again {{os.environ[name]}}, postgres://u:{LINK}@host/db")
+    raise RuntimeError(f"{{[os.environ[name] for name in {sorted(ENVIRONMENT)}]}} postgres://u:{LINK}@host/db "
+        f"401 for https://user:{{os.environ['SERVICE_PASSWORD']}}@host, token {ERROR}, Bearer {{os.environ['HF_TOKEN']}}")
 """
 
 #: Every command in one process: importing torch is most of the cost.
@@ -176,6 +194,55 @@ def test_a_secret_on_the_command_line_is_refused_without_being_repeated() -> Non
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["tokenizer.hub_token=quite-secret"])
     assert "quite-secret" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*repeat an earlier one", "ignore:.*a prompt that is trained on")
+def test_samples_on_the_screen_are_redacted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row that is shown before a run, the answers that an evaluation prints, and the library's own lines."""
+    monkeypatch.setenv("SAMPLE_KEY", "Zq7xkW2v")
+    rows = [{"prompt": "Zq7xkW2v", "completion": "ab"}] * 4
+    settings = {"disable_tqdm": False, "log_completions": 2, "eval_dataset": [{"prompt": "Zq7xkW2v"}]}
+    t = trainer(tmp_path / "a", "sft", rows, disable_tqdm=False)
+    t.train()
+    t = trainer(tmp_path / "b", "rloo", [{"prompt": "Zq7xkW2v"}] * 4, reward=varied, beta=0.0, **settings)
+    t.evaluate()
+    display.say(t, "saw Zq7xkW2v")
+    display.note(t, "noted Zq7xkW2v")
+    with pytest.warns(UserWarning, match=r"^warned of \[redacted\]$"):
+        display.warn(t, "warned of Zq7xkW2v")
+    printed = capsys.readouterr()
+    assert "Zq7xkW2v" not in printed.out + printed.err
+    for words in ("[redacted]", "] [redacted] -> ", "saw [redacted]", "noted [redacted]"):
+        assert words in printed.out
+
+
+def test_every_logger_of_the_library_is_guarded() -> None:
+    """A filter of a logger sees that logger's own records alone, so each has to have one."""
+    source = "".join(path.read_text() for path in Path(rlft.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"getLogger\(\"([\w.]+)\"\)", source)) == set(LOGGERS)
+    assert set(re.findall(r"getLogger\((?!\")(\w+)\)", source)) <= {"name"}  # where the filters are put on
+    for name in LOGGERS:
+        assert len(logging.getLogger(name).filters) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://localhost:8000/v1/models/meta@main", "see https://a.b/c?x=1 or me@x.org", "sort_key: abcdef", "PWD=/home/user",
+        "OLDPWD=/tmp/x", "TOKENIZERS_PARALLELISM=false", "PAD_TOKEN=<pad>", "a_key=abcdef",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_long_lines_take_no_time() -> None:
+    started = time.monotonic()
+    for character in "-_A:@/":
+        redact(character * 100_000)
+    assert time.monotonic() - started < 5
 
 
 def test_tokens_of_the_vocabulary_are_no_secrets() -> None:

@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft.models import Policy
-from rlft.run import micro, online
+from rlft import Config, Trainer
+from rlft.config import ConfigError
+from rlft.models import ModelReward, Policy, RewardScorer
+from rlft.run import constants, micro
 from rlft.types import Batch
-from tests.tiny import random_batch, tiny_llama
+from tests.tiny import char_tokenizer, random_batch, tiny_llama
 from tests.trainer.common import PAIRS, PROMPTS, resumed_equals_whole, run
 
 BUDGET = 40
+LABELLED = [{"prompt": f"{i}+{i}=", "completion": str(2 * i + i % 2), "label": i % 2 == 0} for i in range(12)]
+DEMONSTRATED = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS]
 
 
 def padded_size(batch: Batch) -> int:
@@ -47,7 +51,7 @@ CASES: list[tuple[str, dict[str, Any], set[str]]] = [
     ("grpo", {**ONLINE, "beta": 0.0, "num_iterations": 2}, {"logps"}),
     ("ppo", {**ONLINE, "beta": 0.05}, {"values", "logps", "ref_logps"}),
     ("agro_off_policy_rb", {"per_device_train_batch_size": 32, "max_steps": 2, "beta": 0.1, "num_iterations": 2}, set()),
-    ("kto", {"rows": PAIRS, "beta": 0.1, "per_device_train_batch_size": 12, "max_steps": 1}, {"logps", "ref_logps"}),
+    ("kto", {"rows": LABELLED, "online": False, "beta": 0.1, "per_device_train_batch_size": 12, "max_steps": 1}, {"logps", "ref_logps"}),
     ("rloo", {**ONLINE, "beta": 0.1, "sampler_check_steps": 1, "top_p": 1.0}, {"logps"}),
 ]  # fmt: skip
 
@@ -68,12 +72,12 @@ def test_every_pass_keeps_the_budget(
 def test_evaluation_keeps_it_too_and_gives_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    rows = PAIRS if name != "sft" else [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS]
+    rows = {"dpo": PAIRS, "kto": LABELLED, "sft": DEMONSTRATED}[name]
     found = []
     for budget in (None, BUDGET):
         with monkeypatch.context() as patch:
             seen = Seen(patch)
-            extra = {} if name == "sft" else {"beta": 0.1}
+            extra: dict[str, Any] = {} if name == "sft" else {"beta": 0.1}
             t = run(
                 tmp_path / str(budget), name, rows=rows, online=False, model=tiny_llama(dtype=torch.float64), dtype="float64",
                 max_tokens_per_micro_batch=budget, per_device_eval_batch_size=12, **extra,
@@ -108,7 +112,7 @@ def test_outputs_come_back_in_the_order_of_the_rows(
     want = frozenset({"logps", "ref_logps", "ref_states"})
     truth = t.policy(shuffled, want=want)
     seen = Seen(monkeypatch)
-    mine = online.no_grad_outputs(t, shuffled, want)
+    mine = constants.no_grad_outputs(t, shuffled, want)
     assert len(seen.sizes[False]) > 1
     for name, value in truth.items():
         assert mine[name].shape == value.shape
@@ -143,3 +147,75 @@ def test_a_run_with_a_budget_in_every_pass_resumes_bit_for_bit(tmp_path: Path, s
         tmp_path, "grpo", stop, beta=0.04, num_iterations=2, top_p=0.9, max_tokens_per_micro_batch=25, max_steps=4,
         per_device_train_batch_size=16, rows=PROMPTS,
     )  # fmt: skip
+
+
+# -- reward models ----------------------------------------------------------------------------------------------------
+def reward_model(folder: Path) -> str:
+    tiny_llama(head="classifier", num_labels=1).save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def scored_by_model(folder: Path, reward: Any, **extra: Any) -> Trainer:
+    settings = {
+        "objective": "rloo", "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 16, "num_generations": 4,
+        "max_completion_length": 4, "disable_tqdm": True, "report_to": [], "beta": 0.0, "self_checks": False, **extra,
+    }  # fmt: skip
+    return Trainer(
+        tiny_llama(), settings, train_dataset=PROMPTS, processing_class=char_tokenizer(), reward_funcs=reward
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget"),
+    [
+        ({}, None),
+        ({"max_tokens_per_micro_batch": 40}, 40),
+        ({"max_tokens_per_reward_batch": 55}, 55),
+        ({"max_tokens_per_micro_batch": 40, "max_tokens_per_reward_batch": 90}, 90),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_run_says_how_much_a_reward_model_scores_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], budget: int | None, in_memory: bool
+) -> None:
+    sizes: list[int] = []
+    forward = RewardScorer.forward
+
+    def watched(scorer: RewardScorer, batch: Batch, **options: Any) -> Any:
+        sizes.append(padded_size(batch))
+        return forward(scorer, batch, **options)
+
+    monkeypatch.setattr(RewardScorer, "forward", watched)
+    source = reward_model(tmp_path / "model")
+    t = scored_by_model(tmp_path / "run", ModelReward(source) if in_memory else source, **settings)
+    t.train()
+    if budget is None:
+        assert len(sizes) == 2  # eight texts each
+    else:
+        assert max(sizes) <= budget
+        assert len(sizes) > 2 or budget > 80
+
+
+def test_a_reward_model_keeps_a_budget_of_its_own(tmp_path: Path) -> None:
+    own = ModelReward(reward_model(tmp_path / "model"), max_tokens=33)
+    scored_by_model(tmp_path / "run", own, max_tokens_per_micro_batch=70)
+    assert (own.max_tokens, own.tokens_of_run) == (33, None)
+    free = ModelReward(reward_model(tmp_path / "model"))
+    for budget in (70, 80):  # the same function in a second run
+        scored_by_model(tmp_path / "run", free, max_tokens_per_reward_batch=budget)
+        assert (free.max_tokens, free.tokens_of_run) == (None, budget)
+
+
+def test_a_budget_for_reward_models_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_tokens_per_reward_batch=50 does nothing: no reward is a reward model"):
+        run(tmp_path, "rloo", beta=0.0, max_tokens_per_reward_batch=50)
+    with pytest.raises(ConfigError, match="max_tokens_per_reward_batch=50 does nothing without rewards"):
+        run(tmp_path, "dpo", beta=0.1, rows=PAIRS, max_tokens_per_reward_batch=50)
+    own = ModelReward(reward_model(tmp_path / "model"), max_tokens=33)
+    with pytest.raises(
+        ConfigError, match="max_tokens_per_reward_batch=50 does nothing: every reward model has max_tokens"
+    ):
+        scored_by_model(tmp_path / "run", own, max_tokens_per_reward_batch=50)
+    with pytest.raises(ConfigError, match="max_tokens_per_reward_batch=0 must be at least 1"):
+        Config(max_tokens_per_reward_batch=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,33 @@ def test_where_it_would_do_nothing_it_is_refused(
 def test_a_place_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ref_cache_dir does nothing"):
         trainer(tmp_path, "dpo", PAIRS, beta=0.1, ref_cache_dir="x")
+
+
+def test_what_a_killed_run_was_writing_is_cleared(tmp_path: Path) -> None:
+    """After an hour: before, it may be another run's that writes it still. Nothing else in the folder is touched."""
+    place = tmp_path / "ref-log-probs"
+    place.mkdir()
+    old, young = f".tmp-{'a' * 32}", f".tmp-{'b' * 32}"
+    record, others = f".tmp-{'c' * 32}.json-{'d' * 32}", ["kept.json", ".tmp-mine", "notes.txt"]
+    for name in (old, young, record, *others):
+        (place / name).write_text("x")
+        if name != young:
+            os.utime(place / name, (time.time() - 7200,) * 2)
+    run(tmp_path, max_steps=1, ref_cache_dir=str(place))
+    left = {path.name for path in place.iterdir()}
+    assert left >= {young, *others}
+    assert not left & {old, record}
+
+
+def test_a_folder_that_cannot_be_cleared_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(point: str, path: Path) -> None:
+        raise PermissionError(13, "no")
+
+    place = tmp_path / "ref-log-probs"
+    place.mkdir()
+    left = place / f".tmp-{'a' * 32}"
+    left.write_text("x")
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(ref_cache, "remove_file", refuse)
+    assert run(tmp_path, max_steps=1, ref_cache_dir=str(place)).step == 1
+    assert left.exists()

@@ -118,7 +118,7 @@ def test_a_column_that_the_objective_names_counts(tmp_path: Path) -> None:
     def rows(scale: float) -> list[dict[str, Any]]:
         return [{"prompt": f"{i}=", "completion": str(i), "difficulty": i * scale} for i in range(1, 9)]
 
-    objective = Objective(weighted, reduction="token_mean")
+    objective = Objective(weighted)
     begun(tmp_path, rows(1.0), objective_given=objective)
     refused(tmp_path, "column 'difficulty': other values", rows=rows(2.0), objective_given=objective)
     goes_on(tmp_path, rows(1.0), objective_given=objective)
@@ -148,7 +148,6 @@ def test_columns_are_hashed_by_their_content() -> None:
         [0],
         [[0]],
         {"a": 0},
-        {1: 0},
         {"1": 0},
         b"0",
         "é",
@@ -161,6 +160,7 @@ def test_columns_are_hashed_by_their_content() -> None:
     assert tokenize(rows, char_tokenizer()).column_fingerprint("c") == digest(None)
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts were cut")
 def test_the_text_of_a_prompt_that_was_cut_counts_for_rewards(tmp_path: Path) -> None:
     """Its tokens agree after truncation, but a reward function is given the whole text."""
 
@@ -243,7 +243,7 @@ def test_another_base_under_adapters_is_refused(tmp_path: Path, change: Callable
     begun(tmp_path / "run", model=model, use_peft=True)
     goes_on_or_not = {"model": saved(tmp_path / "model", change), "use_peft": True}
     refused(
-        tmp_path / "run", "frozen weights of the policy", "layernorm", "accept_changed: [weights]", **goes_on_or_not
+        tmp_path / "run", "frozen weights of the policy", "layers.0.", "accept_changed: [weights]", **goes_on_or_not
     )
     goes_on(tmp_path / "run", **goes_on_or_not, accept_changed=["weights"], says="frozen weights of the policy")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from rlft.config import ConfigError
 from rlft.data import StreamOrder, stream_rows, tokenize_stream
-from rlft.errors import TrainingError
+from rlft.errors import Interrupted, TrainingError
 from tests.tiny import char_tokenizer
 from tests.trainer.common import PAIRS, PROMPTS, log_of, resumed_equals_whole, run
 
@@ -137,6 +139,56 @@ def test_bad_rows_are_skipped_and_too_many_refused(tmp_path: Path) -> None:
     assert (found.report.rows, found.report.kept) == (11, 10)
     with pytest.raises(ValueError, match="max_bad_fraction"):
         tokenize_stream(stream_rows(few), char_tokenizer(), max_bad_fraction=0.05)
+
+
+def test_rows_skipped_after_the_first_ones_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In each line of the log, at the end in words, and in the summary; with and without a stop the same."""
+    rows = [{"prompt": f"{i % 10}=", "completion": "" if i in (270, 300) else "a"} for i in range(400)]
+    path = written(tmp_path, rows)
+    settings = {"streaming": True, "max_steps": 6, "per_device_train_batch_size": 60}
+    caplog.set_level("INFO", "rlft")
+    resumed_equals_whole(tmp_path, "sft", 5, rows=str(path), online=False, **settings)
+    for folder in ("whole", "cut"):
+        lines = log_of(tmp_path / folder)
+        assert [line["data/skipped_rows"] for line in lines] == [0, 0, 0, 0, 2, 2]
+        assert [line["data/rows"] for line in lines] == [60, 120, 180, 240, 302, 362]
+        data = json.loads((tmp_path / folder / "run" / "summary.json").read_text())["data"]
+        assert data == {"rows": 362, "kept": 360, "skipped": {"empty completion": 2}, "format": "prompt_completion"}
+    said = capsys.readouterr().out + caplog.text
+    assert said.count("2 of 362 streamed rows were skipped: 2 empty completion (first: row 270)") == 2
+
+
+def test_rows_that_are_held_are_not_counted_as_streamed(tmp_path: Path) -> None:
+    run(tmp_path, "sft", online=False, rows=ROWS, max_steps=1).train()
+    assert not [name for name in log_of(tmp_path)[0] if name.startswith("data/")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_changed_before_the_place_is_refused(tmp_path: Path, workers: int) -> None:
+    """300 rows in: more than the first ones, of which a hash is kept in any case."""
+
+    def rows(answer: str) -> list[dict[str, str]]:
+        return [{"prompt": f"{i % 10}=", "completion": answer if i == 290 else "a"} for i in range(400)]
+
+    path = written(tmp_path, rows("a"))
+    settings = {"rows": str(path), "streaming": True, "max_steps": 6, "per_device_train_batch_size": 60}
+    settings |= {"dataloader_num_workers": workers, "self_checks": False}
+
+    def stop(event: str, t: Any, values: Any) -> None:
+        if event == "step" and t.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, "sft", online=False, callbacks=[stop], **settings).train()
+    written(tmp_path, rows("b"))
+    words = r"the first 300 rows of epoch 1 are not those .* accept_changed: \[data\]"
+    with pytest.raises((ValueError, TrainingError), match=words):
+        run(tmp_path, "sft", online=False, **settings).train()
+    t = run(tmp_path, "sft", online=False, accept_changed=["data"], **settings)
+    t.train()
+    assert t.step == 6
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,16 @@ def _checked_numpy(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
 
 
 def optimizer_to_tensors(
-    optimizer: torch.optim.Optimizer, names: Sequence[str]
+    optimizer: torch.optim.Optimizer, names: Sequence[str], *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State of an optimizer: its tensors by parameter name, the rest as a record.
+
+    Tensors that are spread over processes (DTensor) come whole and on the CPU; then every process must call this.
 
     Args:
         optimizer: any optimizer whose state per parameter is tensors and plain values.
         names: one name per parameter, in the order of its param groups.
+        keep: False takes part in gathering what is spread, and gives none of it: for processes that do not write.
 
     Returns:
         ``(tensors, record)`` for :func:`optimizer_from_tensors`.
@@ -158,7 +161,7 @@ def optimizer_to_tensors(
         entry: dict[str, Any] = {"shape": list(parameter.shape), "tensors": {}, "values": {}}
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}{_SEPARATOR}{key}"] = value
+                tensors[f"{name}{_SEPARATOR}{key}"] = _whole(value, keep=keep)
                 entry["tensors"][key] = value.device == parameter.device
             elif value is None or isinstance(value, (bool, int, float, str)):
                 entry["values"][key] = value
@@ -221,8 +224,27 @@ def optimizer_from_tensors(
             for key, (tensor, with_parameter) in moved.items():
                 # Plain Adam keeps its 0-dim step on the CPU whatever the device of the parameter; fused ones do not.
                 stay = (not on_device) if key == "step" else (not with_parameter)
-                values[key] = tensor.clone() if stay else tensor.to(parameter.device, copy=True)
+                values[key] = tensor.clone() if stay else _placed(tensor, parameter)
             optimizer.state[parameter] = values
+
+
+def _whole(value: Any, *, keep: bool) -> Tensor:
+    """A tensor as it is; one that is spread over processes gathered on the CPU."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    full = value.detach().full_tensor()
+    return full.cpu() if keep else full.new_empty(0, device="cpu")
+
+
+def _placed(tensor: Tensor, parameter: Any) -> Tensor:
+    """A copy of a tensor where its parameter is: this process's part, where that one is spread and of its shape."""
+    if not hasattr(parameter, "device_mesh") or tensor.shape != parameter.shape:
+        return tensor.to(parameter.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = tensor.to(parameter.device, copy=True)
+    # every process read the whole of it: none has to wait for another
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

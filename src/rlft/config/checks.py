@@ -47,6 +47,7 @@ def check(config: Config) -> None:
         "save_total_limit",
         "eval_rows",
         "max_tokens_per_micro_batch",
+        "max_tokens_per_reward_batch",
         "shuffle_buffer",
     ):
         if getattr(config, name) is not None:

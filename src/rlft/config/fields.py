@@ -235,6 +235,11 @@ class Config:
     reward_timeout: float | None = _doc(
         "Seconds after which a hanging reward function stops the run.", 600.0, group="rewards"
     )
+    max_tokens_per_reward_batch: int | None = _doc(
+        "Tokens (texts x longest text) that a reward model scores at a time; None: max_tokens_per_micro_batch, else 8 texts.",
+        None,
+        group="rewards",
+    )
     max_unscored_steps: int = _doc(
         "Steps in a row without a scored answer after which the run stops.", 5, group="rewards", free=True
     )
@@ -244,7 +249,8 @@ class Config:
     per_device_eval_batch_size: int = _doc("The same in evaluation.", 8, group="steps", free=True)
     gradient_accumulation_steps: int = _doc("Micro-batches per optimizer step.", 1, group="steps")
     max_tokens_per_micro_batch: int | None = _doc(
-        "Cut a step into micro-batches of at most so many tokens (rows x longest row), groups whole.",
+        "Most tokens (rows x longest row) of any pass, with gradient or without; groups stay whole where the loss "
+        "compares their rows.",
         None,
         group="steps",
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rlft._workers import AHEAD, Trouble, Workers
+from rlft.data.cells import row_hash
 from rlft.data.encoding import Encoder
 from rlft.data.formats import Format
 from rlft.data.sampler import fold
@@ -36,6 +37,7 @@ class Place:
         epoch, consumed: where that process is.
         number, count: of the worker.
         block: rows of the process that one worker tokenises before it is the next one's turn.
+        rows_hash: of the rows before the place, as of :meth:`rlft.data.stream.Share.skip_to`.
     """
 
     rank: int
@@ -45,6 +47,7 @@ class Place:
     number: int
     count: int
     block: int
+    rows_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class StreamJob:
             world_size=place.world_size,
         )
         _seed(self.seed, place.epoch)
-        share.skip_to(place.epoch, place.consumed, alive)
+        share.skip_to(place.epoch, place.consumed, alive, rows_hash=place.rows_hash)
         blocks = _blocks(share, Tokenizer(self.encoder, self.format), place, alive, self.seed)
         return lambda task: next(blocks, [])
 
@@ -142,7 +145,8 @@ def _outcomes(work: Tokenizer, rows: Sequence[tuple[int, int, Row]]) -> list[Out
                 break
         return outcomes
     return [
-        Outcome(consumed, where, result) for (consumed, _, _), where, result in zip(rows, wheres, results, strict=True)
+        Outcome(consumed, where, result, row_hash(row))
+        for (consumed, _, row), where, result in zip(rows, wheres, results, strict=True)
     ]
 
 
@@ -178,7 +182,7 @@ class WorkedStream(TokenStream):
         """Start the workers where this stream stands, if they are not there yet."""
         if self.workers is not None:
             return
-        at = Place(self.rank, self.world_size, self.epoch, self.consumed, 0, self._count, self._block)
+        at = Place(self.rank, self.world_size, self.epoch, self.consumed, 0, self._count, self._block, self._rows_hash)
         places = [(replace(at, number=number),) for number in range(self._count)]
         assert self._work is not None  # settled: workers must not each choose the format by a row of their own
         job = StreamJob(self._rows, self.shuffle_buffer, self.seed, self._encoder, self._work.format)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlft.data.example import Example
@@ -12,6 +12,9 @@ from rlft.data.example import Example
 __all__ = ["DataReport", "preview"]
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+#: What of a report is no count.
+_NO_COUNT = {"format", "prompt_lengths", "completion_lengths"}
 
 _DIM, _TRAINED, _RESET = "\x1b[2m", "\x1b[30;42m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -63,6 +66,18 @@ class DataReport:
         """Count one row that cannot be used."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.first.setdefault(reason, where)
+
+    def counts(self) -> dict[str, Any]:
+        """All counts as plain JSON values, for a checkpoint."""
+        names = [f.name for f in fields(self) if f.name not in _NO_COUNT]
+        return {name: dict(value) if isinstance(value := getattr(self, name), dict) else value for name in names}
+
+    def load_counts(self, counts: Mapping[str, Any]) -> None:
+        """Go on from :meth:`counts`; names that this version does not know are left out."""
+        for f in fields(self):
+            if f.name in counts and f.name not in _NO_COUNT:
+                value = counts[f.name]
+                setattr(self, f.name, dict(value) if isinstance(value, dict) else int(value))
 
     def reasons(self) -> str:
         """``3 empty prompt (first: train.jsonl:17), 1 ...``"""

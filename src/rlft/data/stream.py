@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from rlft import _check
 from rlft._workers import Trouble
+from rlft.data.cells import row_hash
 from rlft.data.dataset import count, refuse_bad
 from rlft.data.encoding import Encoder, Limits, TruncationMode
 from rlft.data.example import Example
@@ -23,6 +25,8 @@ __all__ = ["Outcome", "Row", "Rows", "Share", "TokenStream"]
 Row = Mapping[str, Any]
 Rows = Callable[[], Iterable[Row]] | Iterable[Row]
 
+#: What a state must hold; one of an older version holds no more.
+_PLACE = {"epoch", "consumed", "seed", "shuffle_buffer"}
 _ENOUGH = 200  # rows after which a share of unusable ones means something
 
 
@@ -34,11 +38,18 @@ class Outcome:
         consumed: rows of the epoch that are given out by then, to all processes.
         where: the row, in words.
         result: the example, why there is none, what went wrong on the way to it; None at the end of an epoch.
+        digest: of the row, see :func:`rlft.data.cells.row_hash`.
     """
 
     consumed: int
     where: str = ""
     result: tuple[Example, Notes] | BadRow | Trouble | None = None
+    digest: bytes = b""
+
+
+def chained(chain: bytes, digest: bytes) -> bytes:
+    """A hash of the rows of a process so far, in their order, from that of those before and the newest one's."""
+    return hashlib.blake2b(chain + digest, digest_size=16).digest()
 
 
 class Share(Iterator["tuple[int, Row] | None"]):
@@ -71,20 +82,38 @@ class Share(Iterator["tuple[int, Row] | None"]):
         self.consumed = 0
         self._ordered = self._order()
 
-    def skip_to(self, epoch: int, consumed: int, alive: Callable[[], None] = lambda: None) -> None:
+    def skip_to(
+        self, epoch: int, consumed: int, alive: Callable[[], None] = lambda: None, *, rows_hash: str = ""
+    ) -> None:
         """Go on after so many rows of an epoch; they are read again.
 
+        Args:
+            epoch: to go on in.
+            consumed: rows of it that were given out, to all processes.
+            alive: called now and then.
+            rows_hash: what :func:`chained` made of this process's part of them, hexadecimal; empty: not compared.
+
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer, or they are other ones.
         """
+        chain = b""
         self.epoch, self.consumed = epoch, consumed
         self._ordered = self._order()
         for number in range(consumed):
             alive()
-            if next(self._ordered, None) is None:
+            found = next(self._ordered, None)
+            if found is None:
                 raise ValueError(
                     f"the state is after {consumed} rows, the stream now ends after {number}; give the same rows"
                 )
+            if rows_hash and number % self._world_size == self._rank:
+                chain = chained(chain, row_hash(found[1]))
+        if rows_hash and chain.hex() != rows_hash:
+            raise ValueError(
+                f"the training data changed: the first {consumed} rows of epoch {epoch + 1} are not those that were trained "
+                f"on, or come in another order; restore them, or use another output_dir; to go on all the same, set "
+                f"accept_changed: [data]"
+            )
 
     def _order(self) -> Iterator[tuple[int, Row]]:
         """The rows of an epoch with their numbers, drawn at random from a buffer that is kept full."""
@@ -110,8 +139,9 @@ class Share(Iterator["tuple[int, Row] | None"]):
 class TokenStream(Iterator[Example]):
     """Endless examples from rows that are read again for every epoch.
 
-    The order is a function of the rows, ``seed`` and ``shuffle_buffer`` alone, so its state is two numbers: the epoch,
-    and the rows of it that have been given out. Resuming reads the rows again up to there, without tokenising them.
+    The order is a function of the rows, ``seed`` and ``shuffle_buffer`` alone, so its place is two numbers: the epoch,
+    and the rows of it that have been given out. Resuming reads the rows again up to there, without tokenising them, and
+    compares a hash of them with the one in the state: rows that changed before that place are noticed, later ones are not.
 
     Args:
         rows: a function that returns an iterable of dicts, or an iterable that can be gone through more than once. It
@@ -176,6 +206,7 @@ class TokenStream(Iterator[Example]):
         self._work: Tokenizer | None = None
         self._resumed = False
         self._met = 0  # rows of this epoch and process
+        self._chain: bytes | None = b""  # a hash of them; None where some are not known
         self._rows = rows
         self._share = Share(rows, shuffle_buffer=shuffle_buffer, seed=seed, rank=rank, world_size=world_size)
 
@@ -193,6 +224,7 @@ class TokenStream(Iterator[Example]):
                 self._end_of_epoch()
                 continue
             self._met += 1
+            self._chain = None if self._chain is None else chained(self._chain, outcome.digest)
             count(self.report, result, outcome.where)
             if isinstance(result, BadRow):
                 if self.report.rows >= _ENOUGH:
@@ -212,7 +244,7 @@ class TokenStream(Iterator[Example]):
             return Outcome(self.consumed)
         index, row = found
         where = f"row {index}"
-        return Outcome(self.consumed, where, self._tokenizer(row)([row], [index], [where])[0])
+        return Outcome(self.consumed, where, self._tokenizer(row)([row], [index], [where])[0], row_hash(row))
 
     def _end_of_epoch(self) -> None:
         if self.consumed == 0:
@@ -225,7 +257,7 @@ class TokenStream(Iterator[Example]):
                 )
             refuse_bad(self.report, self.max_bad_fraction)
         self.epoch += 1
-        self.consumed = self._met = 0
+        self.consumed, self._met, self._chain = 0, 0, b""
         self._resumed = False
 
     def _tokenizer(self, row: Row) -> Tokenizer:
@@ -256,16 +288,27 @@ class TokenStream(Iterator[Example]):
             "consumed": self.consumed,
             "seed": self.seed,
             "shuffle_buffer": self.shuffle_buffer,
+            "share": [self.rank, self.world_size],
+            "met": self._met,
+            "rows_hash": self._rows_hash,
+            "counts": self.report.counts(),
         }
+
+    @property
+    def _rows_hash(self) -> str:
+        return "" if self._chain is None else self._chain.hex()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; the rows before it are read again, and not tokenised.
 
+        The state of another number of processes gives the place alone: counts begin anew, and rows are not compared, as
+        they are not where ``rows_hash`` is empty.
+
         Raises:
-            ValueError: the state is of another stream, or the rows have become fewer.
+            ValueError: the state is of another stream, or the rows of this epoch before it are fewer or other ones.
         """
         mine = self.state_dict()
-        if state.keys() != mine.keys():
+        if not _PLACE <= state.keys() <= mine.keys():
             raise ValueError(
                 f"a stream's state has the keys {sorted(mine)}, got {sorted(state)}; it is of another version"
             )
@@ -274,9 +317,14 @@ class TokenStream(Iterator[Example]):
             shown = ", ".join(f"{key} {state[key]!r} -> {mine[key]!r}" for key in different)
             raise ValueError(f"the stream's state is of another run ({shown}); resume with the same settings")
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
-        self._resumed, self._met = True, 0
+        self._met, self._resumed = 0, True
+        self._chain = None if self.consumed else b""
+        if list(state.get("share", ())) == mine["share"]:
+            self._met, self._resumed = int(state["met"]), False
+            self._chain = bytes.fromhex(state["rows_hash"]) if state["rows_hash"] or not self._met else None
+            self.report.load_counts(state["counts"])
         self._reposition()
 
     def _reposition(self) -> None:
         """Read on from the present epoch and row."""
-        self._share.skip_to(self.epoch, self.consumed)
+        self._share.skip_to(self.epoch, self.consumed, rows_hash=self._rows_hash)

@@ -43,6 +43,11 @@ class Behaviour:
             )
         self._kept = {name: p.detach().clone() for name, p in trained.items()}
 
+    @property
+    def remembers(self) -> bool:
+        """Whether weights are kept; while none are, the behaviour policy is the policy as it is."""
+        return bool(self._kept)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """No gradient, and the model with the weights that sampled."""
@@ -81,7 +86,8 @@ class Behaviour:
             reference: what it is compared with.
             states: ``[N, D]`` hidden states of the policy, differentiable.
             ref_states: ``[N, Dr]`` of the reference.
-            behaviour_states: ``[N, D]`` under the weights that sampled; None where ``want`` does not need them.
+            behaviour_states: ``[N, D]`` under the weights that sampled; None where ``want`` does not need them, or where
+                the policy itself sampled.
             want: names of :data:`rlft.ops.MOMENTS`.
             temperature: divides all logits.
             rows: tokens of a chunk.
@@ -91,6 +97,7 @@ class Behaviour:
         """
         ref = reference.scorer(scorer)
         names = [name for name in MOMENTS if name in want]
+        own = behaviour_states is None and bool(want - {"token_log_ratio_sq"})
 
         def score(piece: Tensor, ref_piece: Tensor, behaviour_piece: Tensor | None) -> tuple[Tensor, ...]:
             with reference.active():
@@ -100,6 +107,8 @@ class Behaviour:
                 with self.active():
                     behaviour_logits = scorer.logits(behaviour_piece)
             logits = scorer.logits(piece)
+            if own:
+                behaviour_logits = logits.detach()
             found = log_ratio_moments(logits, ref_logits, behaviour_logits, temperature=temperature, want=want)
             return tuple(found[name] for name in names)
 

@@ -62,10 +62,14 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool, weights: str = 
         ValueError: saying which file and what to do.
     """
     folder = Path(folder).expanduser()
+    # loaders read more than is named here (tokenizer.json, vocabularies, templates), and know other names tomorrow
+    templates = folder / "additional_chat_templates"
+    for path in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        if path.is_file() or path.is_symlink():
+            _contained(folder, str(path.relative_to(folder)), listed_in="the folder")
     for name in ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
         path = folder / name
         if path.is_file():
-            _contained(folder, name, listed_in="the folder")
             if not trust_remote_code and _asks_for_code(read_json(path)):
                 raise ValueError(
                     f"{path} names Python code of its own (auto_map), which would run on this machine; read that code "
@@ -80,8 +84,6 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool, weights: str = 
                 raise ValueError(f"{index} lists {name!r}; only .safetensors files are loaded (pickles run code)")
             _contained(folder, name, listed_in=index.name)
     safe = sorted(folder.glob(f"{weights}*.safetensors"))
-    for path in safe:
-        _contained(folder, path.name, listed_in="the folder")
     pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in sorted(folder.glob(pattern))]
     if not safe and pickled:
         raise ValueError(

@@ -57,24 +57,23 @@ def difference(
     """
     half = _half_dtype(model, device)
     used = exact = None
-    if half is not None:
-        # no cache: what is cast without gradient would be found again by passes that need one
-        with torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type), cache_enabled=False):
-            used = compute()
-    if half is None or can_widen(model):
-        try:
-            with in_float32(device):
+    if half is None:
+        with _precisely(device):
+            exact = compute()
+    else:
+        used = compute()
+        if can_widen(model):
+            with contextlib.suppress(Exception), in_float32(device):  # an operation of its own may want half precision
                 exact = compute()
-        except Exception:  # an operation of its own that wants half precision
-            if half is None:
-                raise
     if any(pair is not None and pair[0].shape != pair[1].shape for pair in (used, exact)):
         return math.inf
-    if exact is None or exact[0].dtype in HALF or exact[1].dtype in HALF:
-        assert used is not None
-        assert half is not None
-        worst = _worst(*used)
-        return None if worst <= min(_HALF_BOUND, 6 * torch.finfo(half).eps * math.sqrt(layers)) else worst
+    if (
+        exact is None or exact[0].dtype in HALF or exact[1].dtype in HALF
+    ):  # rounded by a wrapper that says nothing of it
+        pair = used or exact
+        assert pair is not None
+        worst, eps = _worst(*pair), torch.finfo(half or pair[1].dtype).eps
+        return None if worst <= min(_HALF_BOUND, 6 * eps * math.sqrt(layers)) else worst
     worst = _worst(*exact)
     if not worst <= (_EXACT_BOUND if device.type == "cpu" else _TF32_BOUND):
         return worst
@@ -115,13 +114,22 @@ def in_float32(device: torch.device) -> Iterator[None]:
 
     Autocast is off inside, and float32 products keep all their bits. Writing into a half-precision tensor stays as it is.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with _precisely(device), _Widen():
+        yield
+
+
+@contextlib.contextmanager
+def _precisely(device: torch.device) -> Iterator[None]:
+    precision = None
+    with contextlib.suppress(RuntimeError):  # it was set by torch's other interface, which this one may not mix with
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False), _Widen():
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _wide(x: Any) -> Any:

@@ -44,10 +44,10 @@ class Rows:
         input_ids: ``[B, W]``.
         attention_mask: ``[B, W]`` 1 where a token exists.
         position_ids: ``[B, W]`` 0, 1, 2, ... from each row's first token, whatever the padding.
-        row, column: ``[N]`` where the hidden state that predicts each completion token sits (one before it).
-        targets: ``[N]`` the completion tokens, row by row.
+        row, column: ``[N]`` where the hidden state that predicts each scored token sits (one before it).
+        targets: ``[N]`` the scored tokens, row by row.
         last: ``[B]`` column of each row's last existing token.
-        completion_mask: ``[B, T]`` of the batch, for :meth:`scatter`.
+        scored: ``[B, T]`` the tokens that get a log-prob, for :meth:`scatter`.
         tokens: how many tokens exist in all rows.
     """
 
@@ -58,7 +58,7 @@ class Rows:
     column: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     last: Int[Tensor, " B"]
-    completion_mask: Bool[Tensor, "B T"]
+    scored: Bool[Tensor, "B T"]
     tokens: int = 0
 
     @property
@@ -69,7 +69,7 @@ class Rows:
         )
 
     def gather(self, states: Float[Tensor, "B W ..."]) -> Float[Tensor, "N ..."]:
-        """The entries that predict completion tokens."""
+        """The entries that predict scored tokens."""
         return states[self.row, self.column]
 
     def gather_last(self, states: Float[Tensor, "B W ..."]) -> Float[Tensor, "B ..."]:
@@ -77,14 +77,16 @@ class Rows:
         return states[torch.arange(states.shape[0], device=states.device), self.last]
 
     def scatter(self, values: Float[Tensor, "N ..."]) -> Float[Tensor, "B T ..."]:
-        """Back to ``[B, T]``, zero where no completion token exists. Differentiable."""
-        shape = (*self.completion_mask.shape, *values.shape[1:])
+        """Back to ``[B, T]``, zero where no token is scored. Differentiable."""
+        shape = (*self.scored.shape, *values.shape[1:])
         zeros = torch.zeros(shape, dtype=values.dtype, device=values.device)
-        mask = self.completion_mask.reshape(*self.completion_mask.shape, *[1] * (values.ndim - 1))
+        mask = self.scored.reshape(*self.scored.shape, *[1] * (values.ndim - 1))
         return zeros.masked_scatter(mask, values)
 
 
-def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right") -> Rows:
+def build_rows(
+    batch: Batch, *, padding_side: Literal["right", "left"] = "right", scored: Bool[Tensor, "B T"] | None = None
+) -> Rows:
     """Lay out each row as its prompt's tokens followed by its completion's tokens, without gaps.
 
     Masked slots of ``prompt_ids`` and ``completion_ids`` are dropped wherever they sit, so a left-padded prompt gives
@@ -93,6 +95,8 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
     Args:
         batch: any :class:`~rlft.types.Batch`.
         padding_side: where the padding of the rows goes; log-probs do not depend on it.
+        scored: ``[B, T]`` the completion tokens that are to get a log-prob; None: all that exist. Tokens outside are
+            context for those after them.
 
     Returns:
         :class:`Rows`.
@@ -122,7 +126,8 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
     input_ids = torch.zeros(rows_n, width + 1, dtype=torch.long, device=device).scatter_(1, slot, ids.long())[:, :width]
     columns = torch.arange(width, device=device)[None]
     attention = (columns >= start[:, None]) & (columns < (start + lengths)[:, None])
-    row, t = batch.completion_mask.nonzero(as_tuple=True)
+    scored = batch.completion_mask if scored is None else scored
+    row, t = scored.nonzero(as_tuple=True)
     return Rows(
         input_ids=input_ids,
         attention_mask=attention.long(),
@@ -131,6 +136,6 @@ def build_rows(batch: Batch, *, padding_side: Literal["right", "left"] = "right"
         column=slot[row, prompt_mask.shape[1] + t] - 1,
         targets=batch.completion_ids[row, t].long(),
         last=(start + lengths - 1).clamp(min=0),
-        completion_mask=batch.completion_mask,
+        scored=scored,
         tokens=tokens,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,15 +20,19 @@ from rlft.models.critic import CriticModel, ValueHead
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.reference import ReferenceKind, load_tensors, make_reference
 from rlft.models.scorer import CausalScorer, Layout, unwrap
+from rlft.models.sharded import settle
 from rlft.models.shared import PAYS, SharedRows, build_shared
-from rlft.models.trainable import TrainableModule, plain_state
+from rlft.models.trainable import TrainableModule, plain_state, under
 from rlft.ops import DEFAULT_CHUNK, MOMENTS, HeadOutputs, linear_logps, logits_logps
 from rlft.types import Batch
 
 __all__ = ["WANTS", "Policy"]
 
-# What a forward can be asked for. "entropy_grad" is a wish, not an output: it makes "entropy" differentiable.
-WANTS: tuple[str, ...] = ("logps", "entropy", "token_kl", "ref_logps", "ref_states", "values", *MOMENTS, "entropy_grad")
+# Wishes, not outputs: "entropy" is differentiable; only tokens under ``mask`` are scored.
+_WISHES = ("entropy_grad", "mask_only")
+# What a forward can be asked for.
+_OUTPUTS = ("logps", "entropy", "token_kl", "ref_logps", "states", "ref_states", "values", *MOMENTS)
+WANTS: tuple[str, ...] = (*_OUTPUTS, *_WISHES)
 # Output of the policy -> quantity of the head.
 _QUANTITY = {"logps": "logps", "entropy": "entropy", "token_kl": "kl", "ref_logps": "ref_logps"}
 
@@ -107,46 +111,54 @@ class Policy(TrainableModule):
         """Score the completion tokens of a batch.
 
         Args:
-            batch: prompts and completions; every token under ``completion_mask`` is scored.
+            batch: prompts and completions; every token under ``completion_mask`` is scored (with ``mask_only`` those
+                under ``mask``).
             want: any of ``logps`` (log-prob of each token), ``entropy`` (of the distribution it was drawn from),
                 ``token_kl`` (exact ``KL(policy || reference)`` at that position, differentiable), ``ref_logps``
                 (constant), ``values`` (the critic's value of the state before the token), ``ref_states`` (the
                 reference's hidden states ``[B, T, D]``; with them in the batch its trunk does not run again; left out for
-                models whose hidden states cannot be found), moments of the position's log-ratio to the reference
-                (differentiable; ``behaviour_log_ratio`` and ``behaviour_log_ratio_sq`` under the policy of
-                :meth:`remember_behaviour`, ``token_log_ratio_sq`` under the policy itself), and ``entropy_grad`` (makes
-                ``entropy`` differentiable; without it a gradient that reaches the entropy is an error).
+                models whose hidden states cannot be found), ``states`` (the policy's own, detached; in the batch as
+                ``behaviour_states`` they spare the pass of the policy that sampled), moments of the position's log-ratio to
+                the reference (differentiable; ``behaviour_log_ratio`` and ``behaviour_log_ratio_sq`` under the policy of
+                :meth:`remember_behaviour`, ``token_log_ratio_sq`` under the policy itself), ``entropy_grad`` (makes
+                ``entropy`` differentiable; without it a gradient that reaches the entropy is an error), and ``mask_only``
+                (tokens outside ``mask`` do not pass the head: their outputs are zero).
             temperature: divides the logits of policy and reference, > 0.
 
         Returns:
-            ``[B, T]`` each, float32 (float64 for float64 models), zero outside ``completion_mask``. Position t scores
-            completion token t.
+            ``[B, T]`` each, float32 (float64 for float64 models), zero outside the tokens that are scored. Position t
+            scores completion token t.
         """
         want = self._check_want(want)
-        rows = build_rows(batch)
-        shared = self._shared(batch)
+        scored = batch.mask if "mask_only" in want else batch.completion_mask
+        rows = build_rows(batch, scored=scored)
+        shared = self._shared(batch, scored)
         self._settle()
         if self._switch is not None and torch.is_grad_enabled():
             self._switch.refuse_merged()
         result: dict[str, Tensor] = {}
         quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
         moments, behaviour_states = want & set(MOMENTS), None
-        if moments - {"token_log_ratio_sq"}:
-            with self._behaviour.active():
-                behaviour_states = self._scorer.states(rows, shared)
-        needs_policy = bool(quantities - {"ref_logps"} or moments or ("values" in want and self.value_head is not None))
+        if moments - {"token_log_ratio_sq"} and self._behaviour.remembers:
+            behaviour_states = self._behaviour_states(rows, shared, batch)
+        needs_policy = quantities - {"ref_logps"} or moments or "states" in want
+        needs_policy = needs_policy or ("values" in want and self.value_head is not None)
         states = self._scorer.states(rows, shared) if needs_policy else None
+        ref_states = None
+        if want & {"token_kl", "ref_logps", "ref_states", *MOMENTS}:
+            ref_states = self._reference_states(rows, shared, batch)
         if quantities == {"ref_logps"}:
-            result["ref_logps"] = rows.scatter(self._reference_alone(rows, shared, temperature))
+            assert ref_states is not None
+            result["ref_logps"] = rows.scatter(self._reference_alone(rows, ref_states, temperature))
         elif quantities:
             assert states is not None
             grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
-            known = None if batch.ref_states is None else batch.ref_states[batch.completion_mask]
-            outputs = self._score(rows, shared, states, quantities, frozenset(grad & quantities), temperature, known)
+            outputs = self._score(rows, states, ref_states, quantities, frozenset(grad & quantities), temperature)
             for name in want & _QUANTITY.keys():
                 result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
-        if moments and states is not None:
-            ref_states = self._reference_states(rows, shared, batch)
+        if moments:
+            assert states is not None
+            assert ref_states is not None
             options = {"want": moments, "temperature": temperature, "rows": self._logit_rows}
             found = self._behaviour.moments(
                 self._scorer, self._reference, states, ref_states, behaviour_states, **options
@@ -154,12 +166,11 @@ class Policy(TrainableModule):
             result |= {name: rows.scatter(values) for name, values in found.items()}
         if "values" in want:
             result["values"] = rows.scatter(self._values(rows, shared, states))
-        if "ref_states" in want:
-            ref = self._reference.scorer(self._scorer)
-            with self._reference.active():
-                ref_states = ref.states(rows, shared)
-            if ref.path != "logits":  # those would be a vocabulary wide
-                result["ref_states"] = rows.scatter(ref_states)
+        # those of the path "logits" would be a vocabulary wide
+        if "ref_states" in want and ref_states is not None and self._reference.scorer(self._scorer).path != "logits":
+            result["ref_states"] = rows.scatter(ref_states)
+        if "states" in want and states is not None and self._scorer.path != "logits":
+            result["states"] = rows.scatter(states.detach())
         return result
 
     @torch.no_grad()
@@ -194,8 +205,8 @@ class Policy(TrainableModule):
             )
         return want
 
-    def _shared(self, batch: Batch) -> SharedRows | None:
-        """The batch with each prompt once, where that may be used and pays."""
+    def _shared(self, batch: Batch, scored: Tensor | None = None) -> SharedRows | None:
+        """The batch with each prompt once, where that may be used and pays; ``scored`` as of :func:`build_shared`."""
         scorers = (self._scorer, self._reference.scorer(self._scorer))
         if self.layout == "padded" or (self.layout == "auto" and all(s.not_shared is not None for s in scorers)):
             return None
@@ -203,28 +214,23 @@ class Policy(TrainableModule):
             if self.layout == "shared":
                 raise ValueError("layout='shared' has no dropout: a prompt would share its noise; use layout='auto'")
             return None
-        return build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0)
+        return build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0, scored=scored)
 
     def _score(
         self,
         rows: Rows,
-        shared: SharedRows | None,
         states: Tensor,
+        ref_states: Tensor | None,
         quantities: frozenset[str],
         grad: frozenset[str],
         temperature: float,
-        known: Tensor | None = None,
     ) -> HeadOutputs:
         """The head over scored tokens: one fused op where both heads are matrices, else chunk by chunk."""
-        ref = ref_states = ref_head = None
+        ref = ref_head = None
         if quantities & {"ref_logps", "kl"}:
-            ref, ref_states = self._reference.scorer(self._scorer), known
-            if known is None:
-                with self._reference.active():
-                    ref_states = ref.states(rows, shared)
-            else:
-                with self._reference.active():
-                    ref.ensure_path(rows)
+            ref = self._reference.scorer(self._scorer)
+        else:
+            ref_states = None
         head = self._scorer.matrix_head() if self._scorer.path == "matrix" else None
         if ref is not None and ref is not self._scorer:
             ref_head = ref.matrix_head() if ref.path == "matrix" else None
@@ -294,12 +300,11 @@ class Policy(TrainableModule):
         """Tokens whose full logits exist at a time, where the head is no single matrix."""
         return (self.chunk_size or DEFAULT_CHUNK)[0]
 
-    def _reference_alone(self, rows: Rows, shared: SharedRows | None, temperature: float) -> Tensor:
+    def _reference_alone(self, rows: Rows, states: Tensor, temperature: float) -> Tensor:
         """``ref_logps`` when nothing of the policy is wanted."""
         scorer = self._reference.scorer(self._scorer)
         want = frozenset({"logps"})
         with self._reference.active():
-            states = scorer.states(rows, shared)
             head = scorer.matrix_head() if scorer.path == "matrix" else None
             if head is not None:
                 outputs = linear_logps(
@@ -323,12 +328,20 @@ class Policy(TrainableModule):
             return torch.cat([part for part in parts if part is not None])
 
     def _reference_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:
+        """``[N, D]`` of the reference, from the batch where it has them."""
         with self._reference.active():
             ref = self._reference.scorer(self._scorer)
             if batch.ref_states is None:
                 return ref.states(rows, shared)
             ref.ensure_path(rows)
-        return batch.ref_states[batch.completion_mask]
+        return batch.ref_states[rows.scored]
+
+    def _behaviour_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:
+        """``[N, D]`` of the policy that sampled, from the batch where it has them."""
+        if batch.behaviour_states is not None:
+            return batch.behaviour_states[rows.scored]
+        with self._behaviour.active():
+            return self._scorer.states(rows, shared)
 
     def _values(self, rows: Rows, shared: SharedRows | None, states: Tensor | None) -> Tensor:
         if self.critic is not None:
@@ -421,6 +434,7 @@ class Policy(TrainableModule):
 
     def reference_state(self) -> dict[str, Tensor]:
         """The reference's own tensors, for a checkpoint; empty for ``none``, ``adapter_off`` and ``model``."""
+        settle(self)
         return self._reference.state()
 
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
@@ -429,6 +443,7 @@ class Policy(TrainableModule):
         Raises:
             ValueError: when names or shapes differ; nothing is changed then.
         """
+        settle(self)
         self._reference.load_state(state)
 
     # -- behaviour policy -----------------------------------------------------------------------------------------
@@ -457,26 +472,33 @@ class Policy(TrainableModule):
         """The transformers model or PeftModel, for generating and saving."""
         return self.model
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
         """Write the adapter (peft layout) or the full model, and the critic beside it; safetensors and JSON only.
 
         The critic goes to ``value_head.safetensors`` (shared) or to the folder ``critic`` (a model of its own).
+
+        Args:
+            directory: made where it is missing.
+            whole: of :meth:`whole_state`, where the parameters are spread over processes; one process writes then.
         """
         from safetensors.torch import save_file
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {} if whole is None else {"state_dict": under("model.", whole)}
         if adapters.is_peft(self.model):
             name = adapters.active_adapter(self.model)
-            self.model.save_pretrained(str(directory), selected_adapters=[name], save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(str(directory))
+            options |= {"selected_adapters": [name], "save_embedding_layers": False}
+        self.model.save_pretrained(str(directory), **options)
         if self.value_head is not None:
-            save_file(plain_state(self.value_head), str(directory / "value_head.safetensors"))
+            head = under("value_head.", whole) or plain_state(self.value_head)
+            save_file(head, str(directory / "value_head.safetensors"))
         if self.critic is not None:
             folder = directory / "critic"
-            self.critic.model.save_pretrained(str(folder))
-            save_file(plain_state(self.critic.head), str(folder / "value_head.safetensors"))
+            options = {} if whole is None else {"state_dict": under("critic.model.", whole)}
+            self.critic.model.save_pretrained(str(folder), **options)
+            head = under("critic.head.", whole) or plain_state(self.critic.head)
+            save_file(head, str(folder / "value_head.safetensors"))
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load ``value_head.safetensors`` of :meth:`save_pretrained`'s folder into the critic's head.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from rlft.models.attention import DEVICES
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.scorer import CausalScorer, Layout, unwrap
 from rlft.models.shared import PAYS, SharedRows, build_shared
-from rlft.models.trainable import TrainableModule
+from rlft.models.trainable import TrainableModule, under
 from rlft.types import Batch
 
 __all__ = ["ModelReward", "RewardScorer"]
+
+#: Texts per forward, unless tokens are counted.
+_TEXTS = 8
 
 
 class RewardScorer(TrainableModule):
@@ -111,14 +114,19 @@ class RewardScorer(TrainableModule):
         """The transformers model or PeftModel."""
         return self.model
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapter (peft layout) or the full model. Its head counts as trained from here on."""
+    def save_pretrained(self, directory: str | Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapter (peft layout) or the full model. Its head counts as trained from here on.
+
+        Args:
+            directory: made where it is missing.
+            whole: of :meth:`whole_state`, where the parameters are spread over processes; one process writes then.
+        """
         loading.trained(self.model)
+        options: dict[str, Any] = {} if whole is None else {"state_dict": under("model.", whole)}
         if adapters.is_peft(self.model):
             name = adapters.active_adapter(self.model)
-            self.model.save_pretrained(str(directory), selected_adapters=[name], save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(str(directory))
+            options |= {"selected_adapters": [name], "save_embedding_layers": False}
+        self.model.save_pretrained(str(directory), **options)
 
 
 class ModelReward:
@@ -130,13 +138,14 @@ class ModelReward:
         model: a hub id, a folder, or a classifier in memory.
         tokenizer: the reward model's tokenizer; None loads it from the same source.
         batch_size: texts per forward.
+        max_tokens: tokens per forward (texts x longest text) in place of ``batch_size``; a longer text is scored alone.
         max_length: texts of more tokens are not scored (None, and a warning); None takes the model's own limit.
         add_eos: end plain texts with the end-of-sequence token, as in training.
         name: of the reward in the log.
         options: for :func:`rlft.models.load_sequence_classifier`.
 
     Raises:
-        ValueError: when the score head was never trained, or there is no single output.
+        ValueError: when the score head was never trained, there is no single output, or a size is below 1 or does nothing.
     """
 
     def __init__(
@@ -144,16 +153,21 @@ class ModelReward:
         model: str | Path | nn.Module,
         tokenizer: Any = None,
         *,
-        batch_size: int = 8,
+        batch_size: int = _TEXTS,
         max_length: int | None = None,
         add_eos: bool = True,
         name: str | None = None,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> None:
         from rlft.models.tokenizer import check_tokenizer, load_tokenizer
 
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 (texts per forward), got {batch_size}")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1 (texts x longest text of a forward), got {max_tokens}")
+        if max_tokens is not None and batch_size != _TEXTS:
+            raise ValueError(f"batch_size={batch_size} does nothing beside max_tokens={max_tokens}; drop one")
         if tokenizer is None:
             if isinstance(model, nn.Module):
                 raise ValueError("a reward model in memory needs its tokenizer: ModelReward(model, tokenizer)")
@@ -169,6 +183,8 @@ class ModelReward:
         self.scorer = RewardScorer(loaded).requires_grad_(False)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.tokens_of_run: int | None = None  # a run's limit, where none was given here
         self.add_eos = add_eos
         limit = self.scorer._scorer.max_positions
         self.max_length = limit if max_length is None else min(max_length, limit or max_length)
@@ -204,11 +220,25 @@ class ModelReward:
             fitting.sort(key=lambda i: ids[i])  # answers of one prompt side by side
         else:
             fitting.sort(key=lambda i: len(ids[i]))  # neighbours of one length waste the least padding
-        for start in range(0, len(fitting), self.batch_size):
-            chunk = fitting[start : start + self.batch_size]
+        for chunk in self._chunks(fitting, [len(row) for row in ids]):
             for i, score in zip(chunk, self._score([ids[i] for i in chunk], device), strict=True):
                 scores[i] = score
         return scores
+
+    def _chunks(self, order: list[int], lengths: list[int]) -> list[list[int]]:
+        """``order`` in pieces for one forward each."""
+        budget = self.tokens_of_run if self.max_tokens is None else self.max_tokens
+        chunks: list[list[int]] = []
+        width = 0
+        for i in order:
+            width = max(width, lengths[i])
+            count = len(chunks[-1]) + 1 if chunks else 1
+            full = count > self.batch_size if budget is None else count * width > budget
+            if not chunks or full:
+                chunks.append([])
+                width = lengths[i]
+            chunks[-1].append(i)
+        return chunks
 
     @torch.no_grad()
     def _score(self, ids: list[list[int]], device: torch.device) -> list[float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlft.models.attention import GroupMask, plan_segments
@@ -58,7 +58,9 @@ class SharedRows:
         return states[0].index_select(0, self.index)
 
 
-def build_shared(batch: Batch, *, at_least: float = 0.0, keep_last: bool = False) -> SharedRows | None:
+def build_shared(
+    batch: Batch, *, at_least: float = 0.0, keep_last: bool = False, scored: Bool[Tensor, "B T"] | None = None
+) -> SharedRows | None:
     """Lay a batch out as one packed row.
 
     A prompt whose group has a single completion with more than one token is packed together with it.
@@ -67,6 +69,7 @@ def build_shared(batch: Batch, *, at_least: float = 0.0, keep_last: bool = False
         batch: any batch; :func:`rlft.models.layout.build_rows` has refused empty prompts.
         at_least: the least ratio of token counts that pays.
         keep_last: lay out every token, and rows without a completion too: for a score at each row's end.
+        scored: as of :func:`rlft.models.layout.build_rows`.
 
     Returns:
         The row; None when nothing is scored, or when the ratio is lower.
@@ -155,7 +158,7 @@ def build_shared(batch: Batch, *, at_least: float = 0.0, keep_last: bool = False
         input_ids=input_ids[None],
         attention_mask=GroupMask(plan_segments(segments, groups, device=device), device),
         position_ids=position_ids[None],
-        index=before[batch.completion_mask],
+        index=before[batch.completion_mask if scored is None else scored],
         longest=longest,
         ratio=ratio,
         repeated=sum(prompt_lengths[g] + n for g, n in zip(group_ids, lengths, strict=True)),

@@ -8,15 +8,15 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlft import _check
+from rlft.rewards.watch import SLICE, Watch, can_interrupt
 
-__all__ = ["RewardError", "Wait", "accepted", "is_async", "run_guarded", "run_together"]
-
-_SLICE = 0.05  # seconds between two looks at a waiting thread, so that poll() answers a signal soon
+__all__ = ["RewardError", "Wait", "When", "accepted", "is_async", "run_guarded", "run_together"]
 
 
 class RewardError(RuntimeError):
@@ -24,7 +24,8 @@ class RewardError(RuntimeError):
 
     Attributes:
         function: the name of the function (several are joined by ", " when they hung together).
-        step: the training step, None where the caller gave no trainer state.
+        step: the training step, counted from 1; in an evaluation, the last finished one; None where the caller gave no
+            trainer state.
         row: the completion in the batch, None where the whole call failed.
     """
 
@@ -39,6 +40,36 @@ class Wait(Exception):
     def __init__(self, unfinished: Sequence[int]) -> None:
         super().__init__(list(unfinished))
         self.unfinished = list(unfinished)
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Where a run stands, for errors.
+
+    Attributes:
+        step: as in :class:`RewardError`.
+        text: the same in words, such as " at step 3"; empty where it is not known.
+        batch_size: the setting that says how many completions are scored at once.
+    """
+
+    step: int | None
+    text: str
+    batch_size: str
+
+    @classmethod
+    def of(cls, trainer_state: Any) -> When:
+        """From what reward functions get as ``trainer_state``: a mapping or an object, or None."""
+        known = trainer_state if isinstance(trainer_state, Mapping) else {}
+        done = getattr(trainer_state, "global_step", known.get("global_step"))
+        training = getattr(trainer_state, "is_training", known.get("is_training", True))
+        size = f"per_device_{'train' if training else 'eval'}_batch_size"
+        if not isinstance(done, int):
+            return cls(None, "", size)
+        return (
+            cls(done + 1, f" at step {done + 1}", size)
+            if training
+            else cls(done, f" after step {done}, in evaluation", size)
+        )
 
 
 def is_async(func: Callable[..., Any]) -> bool:
@@ -77,19 +108,42 @@ def accepted(func: Callable[..., Any], name: str, keywords: Mapping[str, Any]) -
 
 
 def run_guarded(call: Callable[[], Any], *, timeout: float | None, poll: Callable[[], None] | None) -> Any:
-    """``call()``, given up after ``timeout`` seconds.
+    """``call()``, given up after ``timeout`` seconds, or when ``poll`` raises.
 
-    Without a limit the call runs in this thread. With one it runs in a daemon thread that this one watches: when time
-    is up control returns, but Python cannot kill the thread, which goes on until it ends by itself or the process
-    does. A call that never releases the interpreter lock (one long regular expression, say) cannot be interrupted.
+    In the main thread the call has that thread, where it may set alarms of its own, and another one watches: the call is
+    ended by an exception inside it. Code that does not come back to Python, in a library, say, is waited for. In any
+    other thread the call gets one of its own, which is left behind when time is up; it goes on until it ends by itself
+    or the process does. Either way, one long call that holds the interpreter lock (a regular expression) goes on.
 
     Raises:
         Wait: when time is up. Whatever ``call`` or ``poll`` raises comes through.
     """
+    with torch.set_grad_enabled(torch.is_grad_enabled()):  # whatever the call leaves behind is put back
+        if timeout is None and poll is None:
+            return call()
+        return (_watched if can_interrupt() else _in_a_thread)(call, timeout, poll)
+
+
+def _watched(call: Callable[[], Any], timeout: float | None, poll: Callable[[], None] | None) -> Any:
+    watch = Watch(Wait([0]), timeout=timeout, poll=poll)
+    value = None
+    try:
+        watch.begin()
+        value = call()
+    except BaseException:
+        if watch.why is None:  # the call's own, or meant for a watch around this one
+            raise
+    finally:
+        watch.end()
+    if watch.why is not None:
+        raise watch.why
+    return value
+
+
+def _in_a_thread(call: Callable[[], Any], timeout: float | None, poll: Callable[[], None] | None) -> Any:
     grad = torch.is_grad_enabled()
     if timeout is None:
-        with torch.set_grad_enabled(grad):  # whatever the call leaves behind is put back
-            return call()
+        return call()
     context = contextvars.copy_context()
     result: list[Any] = []
     error: list[BaseException] = []
@@ -108,7 +162,7 @@ def run_guarded(call: Callable[[], Any], *, timeout: float | None, poll: Callabl
         left = end - time.monotonic()
         if left <= 0:
             break
-        thread.join(min(_SLICE, left))
+        thread.join(min(SLICE, left))
         if poll is not None:
             poll()
     if error:
@@ -149,7 +203,7 @@ def run_together(
     # The thread gets a moment more than the tasks, to cancel them; it alone guards against a coroutine that blocks.
     limit = 1e9 if timeout is None else timeout + min(1.0, timeout)
     try:
-        run_guarded(lambda: asyncio.run(everything()), timeout=limit, poll=poll)
+        _in_a_thread(lambda: asyncio.run(everything()), limit, poll)
     except Wait:
         pass
     if not all(done):

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import numbers
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlft import _check
-from rlft.rewards.call import RewardError, Wait, accepted, is_async, run_guarded, run_together
+from rlft.errors import out_of_memory
+from rlft.rewards.call import RewardError, Wait, When, accepted, is_async, run_guarded, run_together
 
 __all__ = ["RewardError", "RewardFunction", "RewardOutput", "RewardSet", "function_name"]
 
@@ -82,9 +84,10 @@ class RewardSet:
         weights: one number per function; 1 each by default. A function of weight 0 is called and logged, and
             alone does not make a row scored.
         names: metric names; by default each function's ``__name__`` (equal names get ``_2``, ``_3``, ...).
-        timeout: seconds that one call of one function may take; None = no limit. The limit is kept by a watching
-            thread: control comes back as a :class:`RewardError`, while the stuck thread lives on until the process
-            ends (Python cannot kill it). A function that holds the interpreter lock cannot be timed out.
+        timeout: seconds that one call of one function may take; None = no limit. Functions run in the thread that calls the
+            set; in the main thread they may set alarms (``SIGALRM``) of their own. When time is up an exception is
+            raised inside the function, and comes out as a :class:`RewardError`. One that is inside a library which
+            does not come back to Python, or holds the interpreter lock, is waited for.
 
     Raises:
         ValueError: for no function, something not callable, wrong counts, weights that are not finite.
@@ -145,8 +148,9 @@ class RewardSet:
             completions: strings, or lists of messages.
             completion_ids: the token ids of each completion.
             columns: the other columns of the dataset, one entry per completion.
-            trainer_state: handed on to the functions; its ``global_step`` appears in errors.
-            poll: called between functions and while waiting for one; what it raises comes through.
+            trainer_state: handed on to the functions; errors name the step that follows its ``global_step`` finished ones, or, where
+                its ``is_training`` is False, the evaluation after them.
+            poll: called between functions and, from another thread, while one runs; what it raises comes through.
 
         Returns:
             The rewards, weighted and each.
@@ -157,19 +161,19 @@ class RewardSet:
                 is not a finite number or None.
         """
         keywords = self._keywords(prompts, completions, completion_ids, columns or {}, trainer_state)
-        step = _step(trainer_state)
-        returned = self._call(keywords, step, poll)
+        when = When.of(trainer_state)
+        returned = self._call(keywords, when, poll)
         count = len(completions)
         each = torch.full((count, len(self.funcs)), math.nan, dtype=torch.float64)
         for index, name in enumerate(self.names):
-            for row, value in enumerate(self._listed(name, returned[index], count, step)):
+            for row, value in enumerate(self._listed(name, returned[index], count, when)):
                 if value is None:
                     self._tell(
                         name, "none", f"reward function {name!r} returned None: rows without a reward are left out"
                     )
                 else:
-                    each[row, index] = self._number(name, value, row, step)
-        output = self._sum(each, step)
+                    each[row, index] = self._number(name, value, row, when)
+        output = self._sum(each, when)
         if output.all_unscored:
             self._tell("", "all", "no completion of a batch has a reward (every function returned None)")
         return output
@@ -191,12 +195,9 @@ class RewardSet:
         fixed = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
         return {**kept, **fixed, "trainer_state": trainer_state}
 
-    def _call(self, keywords: dict[str, Any], step: int | None, poll: Callable[[], None] | None) -> list[Any]:
+    def _call(self, keywords: dict[str, Any], when: When, poll: Callable[[], None] | None) -> list[Any]:
         returned: list[Any] = [None] * len(self.funcs)
-        calls = [
-            functools.partial(func, **_own_lists(accepted(func, name, keywords)))
-            for func, name in zip(self.funcs, self.names, strict=True)
-        ]
+        calls = [self._one(index, keywords) for index in range(len(self.funcs))]
         together = [index for index, func in enumerate(self.funcs) if is_async(func)]
         for index, call in enumerate(calls):
             if index in together:
@@ -206,49 +207,92 @@ class RewardSet:
             try:
                 returned[index] = run_guarded(_blamed(call), timeout=self.timeout, poll=poll)
             except Wait as caught:
-                raise self._hung([index], step) from caught
+                raise self._hung([index], keywords, when) from caught
             except _UserError as caught:
-                raise self._raised(index, caught.error, step) from caught.error
+                raise self._raised(index, caught.error, keywords, when, poll) from caught.error
         if together:
             if poll is not None:
                 poll()
             try:
                 outcomes = run_together([calls[index] for index in together], timeout=self.timeout, poll=poll)
             except Wait as caught:
-                raise self._hung([together[position] for position in caught.unfinished], step) from caught
+                raise self._hung([together[position] for position in caught.unfinished], keywords, when) from caught
             for index, outcome in zip(together, outcomes, strict=True):
                 if isinstance(outcome, (Exception, SystemExit)):
-                    raise self._raised(index, outcome, step) from outcome
+                    raise self._raised(index, outcome, keywords, when, poll) from outcome
                 returned[index] = outcome
         return returned
 
-    def _hung(self, indices: Sequence[int], step: int | None) -> RewardError:
+    def _one(self, index: int, keywords: dict[str, Any]) -> Callable[[], Any]:
+        """One function with what it takes of these keywords."""
+        func, name = self.funcs[index], self.names[index]
+        return functools.partial(func, **_own_lists(accepted(func, name, keywords)))
+
+    def _hung(self, indices: Sequence[int], keywords: dict[str, Any], when: When) -> RewardError:
         names = ", ".join(self.names[index] for index in indices)
         return RewardError(
-            f"reward function {names!r} did not return within {self.timeout:g} s{_at(step)}; raise the reward timeout, "
-            f"or return None for rows that take too long",
+            f"reward function {names!r} did not return within {self.timeout:g} s{when.text}, for {_rows(keywords)}; raise the "
+            f"reward timeout, or return None for rows that take too long",
             function=names,
-            step=step,
+            step=when.step,
         )
 
-    def _raised(self, index: int, error: BaseException, step: int | None) -> RewardError:
-        name = self.names[index]
-        return RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {str(error)[:500]}{_at(step)}; "
-            f"return None for rows it cannot score",
-            function=name,
-            step=step,
-        )
+    def _raised(
+        self,
+        index: int,
+        error: BaseException,
+        keywords: dict[str, Any],
+        when: When,
+        poll: Callable[[], None] | None,
+    ) -> RewardError:
+        name, row = self.names[index], None
+        if out_of_memory(error):
+            what = f"ran out of memory ({str(error).strip()[:200] or type(error).__name__}){when.text}, for {_rows(keywords)}"
+            remedy = (
+                "score fewer at once inside it (a reward model has batch_size), move its model to another device, or "
+                f"lower {when.batch_size}"
+            )
+        else:
+            row = self._alone(index, error, keywords, poll)
+            place = f"in {_rows(keywords)}" if row is None else f"for row {row}, found by scoring rows one by one"
+            what = f"raised {type(error).__name__}: {str(error)[:500]}{when.text}, {place}"
+            remedy = "return None for rows it cannot score"
+        return RewardError(f"reward function {name!r} {what}; {remedy}", function=name, step=when.step, row=row)
+
+    def _alone(
+        self, index: int, error: BaseException, keywords: dict[str, Any], poll: Callable[[], None] | None
+    ) -> int | None:
+        """The first row for which the function raises the same when it has that row alone; None where it never does.
+
+        All these calls together have the time that one call has.
+        """
+        end = None if self.timeout is None else time.monotonic() + self.timeout
+        for row in range(len(keywords["completions"])):
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            single = {name: [value[row]] if isinstance(value, list) else value for name, value in keywords.items()}
+            call = self._one(index, single)
+            try:
+                if is_async(self.funcs[index]):
+                    raised = run_together([call], timeout=left, poll=poll)[0]
+                else:
+                    raised = run_guarded(_outcome(call), timeout=left, poll=poll)
+            except Wait:
+                return None
+            if type(raised) is type(error) and str(raised) == str(error):
+                return row
+        return None
 
     # -- reading what came back -----------------------------------------------------------------------------------
-    def _listed(self, name: str, returned: Any, count: int, step: int | None) -> list[Any]:
+    def _listed(self, name: str, returned: Any, count: int, when: When) -> list[Any]:
         if isinstance(returned, Tensor):
             if returned.requires_grad:
                 raise RewardError(
-                    f"reward function {name!r} returned a tensor that requires grad{_at(step)}; rewards are constants: "
+                    f"reward function {name!r} returned a tensor that requires grad{when.text}; rewards are constants: "
                     f"compute them under torch.no_grad() and return .tolist()",
                     function=name,
-                    step=step,
+                    step=when.step,
                 )
             returned = returned.tolist() if returned.ndim == 1 else returned
         elif type(returned).__module__ == "numpy" and getattr(returned, "ndim", 0) == 1:
@@ -256,20 +300,20 @@ class RewardSet:
         if not isinstance(returned, (list, tuple)):
             raise RewardError(
                 f"reward function {name!r} must return a list with one number or None per completion ({count}), "
-                f"got {type(returned).__name__}{_shape(returned)}{_at(step)}",
+                f"got {type(returned).__name__}{_shape(returned)}{when.text}",
                 function=name,
-                step=step,
+                step=when.step,
             )
         if len(returned) != count:
             raise RewardError(
-                f"reward function {name!r} returned {len(returned)} rewards for {count} completions{_at(step)}; "
+                f"reward function {name!r} returned {len(returned)} rewards for {count} completions{when.text}; "
                 f"return one number or None per completion",
                 function=name,
-                step=step,
+                step=when.step,
             )
         return list(returned)
 
-    def _number(self, name: str, value: Any, row: int, step: int | None) -> float:
+    def _number(self, name: str, value: Any, row: int, when: When) -> float:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
             value = value.item()
         elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
@@ -278,10 +322,10 @@ class RewardSet:
             grad = isinstance(value, Tensor) and value.requires_grad
             what = "a tensor that requires grad" if grad else f"{str(value)[:80]!r} of type {type(value).__name__}"
             raise RewardError(
-                f"reward function {name!r} returned {what} for row {row}{_at(step)}; "
+                f"reward function {name!r} returned {what} for row {row}{when.text}; "
                 f"return a plain float, or None where the row cannot be scored",
                 function=name,
-                step=step,
+                step=when.step,
                 row=row,
             )
         if not isinstance(value, float):
@@ -293,15 +337,15 @@ class RewardSet:
             number = math.inf
         if not math.isfinite(number):
             raise RewardError(
-                f"reward function {name!r} returned {number} for row {row}{_at(step)}; a reward must be finite: "
+                f"reward function {name!r} returned {number} for row {row}{when.text}; a reward must be finite: "
                 f"return None where the row cannot be scored",
                 function=name,
-                step=step,
+                step=when.step,
                 row=row,
             )
         return number
 
-    def _sum(self, each: Float[Tensor, "B K"], step: int | None) -> RewardOutput:
+    def _sum(self, each: Float[Tensor, "B K"], when: When) -> RewardOutput:
         weights = torch.tensor(self.weights, dtype=torch.float64)
         present = ~torch.isnan(each) & (weights != 0)
         total = (each.nan_to_num(0.0) * weights).where(present, 0.0).sum(-1)
@@ -314,10 +358,10 @@ class RewardSet:
             row, column = bad[0]
             name = ", ".join(self.names) if column == 0 else self.names[column - 1]
             raise RewardError(
-                f"the reward of row {row} ({name}) does not fit float32{_at(step)}; "
+                f"the reward of row {row} ({name}) does not fit float32{when.text}; "
                 f"scale the reward or its weight down",
                 function=name,
-                step=step,
+                step=when.step,
                 row=row,
             )
         return RewardOutput(rewards=single, each=single_each, names=self.names)
@@ -347,23 +391,31 @@ def _blamed(call: Callable[[], Any]) -> Callable[[], Any]:
     return wrapped
 
 
+def _outcome(call: Callable[[], Any]) -> Callable[[], Any]:
+    """What a call raises, as its result; None where it raises nothing."""
+
+    def wrapped() -> Any:
+        try:
+            call()
+        except (Exception, SystemExit) as caught:
+            return caught
+        return None
+
+    return wrapped
+
+
+def _rows(keywords: dict[str, Any]) -> str:
+    count = len(keywords["completions"])
+    return "row 0" if count == 1 else f"rows 0 to {count - 1}"
+
+
 def _own_lists(keywords: dict[str, Any]) -> dict[str, Any]:
     """A list of its own for every function: one that sorts or pops must not disturb the next."""
     return {name: list(value) if isinstance(value, list) else value for name, value in keywords.items()}
 
 
-def _step(trainer_state: Any) -> int | None:
-    step = trainer_state.get("global_step") if isinstance(trainer_state, Mapping) else None
-    step = getattr(trainer_state, "global_step", step)
-    return step if isinstance(step, int) else None
-
-
 def _shape(returned: Any) -> str:
     return f" of shape {list(returned.shape)}" if hasattr(returned, "shape") else ""
-
-
-def _at(step: int | None) -> str:
-    return "" if step is None else f" at step {step}"
 
 
 def function_name(func: Any) -> str:

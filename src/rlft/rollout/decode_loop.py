@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlft.rollout.randomness import row_keys
 from rlft.rollout.row_settings import Chooser, RowSettings
+from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class DecodeLoop:
         max_prefill_tokens: prompt tokens, padding included, in one prefill (at least one prompt always goes).
         end_ids: tokens that end every row, besides those of its ``params``.
         pad_id: any id; it fills prompts on the left and is masked.
+        strings: has the tables of stop strings.
         decode: scores the next token of live rows; default: the model's forward does.
     """
 
@@ -72,6 +74,7 @@ class DecodeLoop:
         max_prefill_tokens: int,
         end_ids: Sequence[int],
         pad_id: int,
+        strings: StopStrings,
         decode: LlamaStep | None = None,
     ) -> None:
         from rlft.rollout.row_cache import RowCache
@@ -90,7 +93,7 @@ class DecodeLoop:
         self.own = RowCache(layers, self.slots) if self.shared is None else self.shared.own
         self.cache = self.shared or self.own
         self.accepts = set(inspect.signature(model.forward).parameters)
-        self.settings = RowSettings(params, n, end_ids=end_ids, vocab=self.vocab, device=device)
+        self.settings = RowSettings(params, n, end_ids=end_ids, vocab=self.vocab, device=device, strings=strings)
         self.chooser: Chooser | None = None  # of the live rows, while they stay where they are
         self.keys = row_keys(seed, len(prompts), n).to(device)
         # Longest prompts first: equal lengths meet in a prefill, and rows rarely have to move right for a later one.

@@ -43,9 +43,7 @@ def filter_logits(
     return logits
 
 
-def keep_top_k(
-    logits: Float[Tensor, "B V"], largest: int, k: Int[Tensor, "B 1"] | None = None
-) -> Float[Tensor, "B V"]:
+def keep_top_k(logits: Float[Tensor, "B V"], largest: int, k: Int[Tensor, "B 1"] | None = None) -> Float[Tensor, "B V"]:
     """-inf for all but the ``k`` most likely tokens of each row, ``k`` between 1 and ``largest``; without it, ``largest``."""
     highest = logits.topk(largest, dim=-1).values
     kth = highest[:, -1:] if k is None else highest.gather(-1, k - 1)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.llama_structure import unknown
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
+from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
+from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_adapters
 
@@ -108,6 +109,7 @@ class FastSampler(Sampler):
         self._compared = False
         self._found: str | None = None  # by comparison with the model's forward
         self.end_ids = end_token_ids(model, tokenizer)
+        self.strings = StopStrings(tokenizer, vocab_size(model))
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
 
@@ -137,6 +139,7 @@ class FastSampler(Sampler):
                 max_prefill_tokens=self.max_prefill_tokens,
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
+                strings=self.strings,
                 decode=self._decode_step(model, prompts, rows=len(prompts) * n, longest=longest),
             )
             return loop.run(weight_version, poll)

@@ -198,10 +198,12 @@ def disagreement(model: Any, step: LlamaStep, prompts: Sequence[Sequence[int]], 
     """
     ordered = sorted(prompts, key=len)
     chosen = [list(prompt[-_PROBED:]) for prompt in (ordered[-1], ordered[0])]
+    shares = can_share(model.device, model.dtype)  # as it is used, whatever precision it is compared in
     broken: list[bool] = []
 
     def compute() -> tuple[Tensor, Tensor]:
-        truth, found = (torch.cat(parts) for parts in zip(*_probed(model, step, chosen, pad_id), strict=True))
+        pairs = _probed(model, step, chosen, pad_id=pad_id, shares=shares)
+        truth, found = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         broken.append(not bool(torch.isfinite(truth).all()))
         return truth, found
 
@@ -215,7 +217,7 @@ def disagreement(model: Any, step: LlamaStep, prompts: Sequence[Sequence[int]], 
 
 
 def _probed(
-    model: Any, step: LlamaStep, chosen: Sequence[Sequence[int]], pad_id: int
+    model: Any, step: LlamaStep, chosen: Sequence[Sequence[int]], *, pad_id: int, shares: bool
 ) -> list[tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]]:
     """Logits by the model and by the step: after the prompts, and after each of some tokens that are added."""
     from transformers import DynamicCache
@@ -239,7 +241,7 @@ def _probed(
     source = torch.tensor([0, 1, 0], device=device)
     lengths = torch.tensor([len(row) for row in chosen], device=device)[source]
     rows = RowCache(len(step.layers), 3)
-    shared = SharedRows(len(step.layers), 3, 2) if can_share(device, model.dtype) else None
+    shared = SharedRows(len(step.layers), 3, 2) if shares else None
     truth = own(ids)
     prefilled, found = step.prefill(chosen)
     pairs = [(truth, found)]

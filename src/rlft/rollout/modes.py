@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_context", "end_token_ids", "generating_model", "sampling_mode"]
+__all__ = ["check_context", "end_token_ids", "generating_model", "sampling_mode", "vocab_size"]
 
 
 def generating_model(model: Any) -> Any:
@@ -35,6 +35,11 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         if source is not None:
             found.update([source] if isinstance(source, int) else source)
     return tuple(sorted(found))
+
+
+def vocab_size(model: Any) -> int:
+    """How many tokens a model knows."""
+    return int(generating_model(model).config.get_text_config(decoder=True).vocab_size)
 
 
 def check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:

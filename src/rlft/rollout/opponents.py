@@ -15,7 +15,8 @@ from torch import Tensor
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.fast_sampler import unsupported
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
+from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
+from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class MixtureSampler(Sampler):
                     f"the mixture is sampled by the built-in sampler, which cannot run this model: {reason}"
                 )
         self.end_ids = end_token_ids(policy.hf_model, tokenizer)
+        self.strings = StopStrings(tokenizer, vocab_size(policy.hf_model))
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
 
@@ -102,6 +104,7 @@ class MixtureSampler(Sampler):
                 max_prefill_tokens=self.max_prefill_tokens,
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
+                strings=self.strings,
             )
             return loop.run(weight_version, poll)
 

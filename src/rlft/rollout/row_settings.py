@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlft.rollout.draw import draw, filter_logits, greedy, keep_min_p, keep_top_k, keep_top_p, penalise
 from rlft.rollout.randomness import uniforms
+from rlft.rollout.stop_strings import STOPPED, StopStrings
 from rlft.rollout.types import SamplingParams
 
 __all__ = ["Chooser", "RowSettings"]
@@ -110,9 +111,7 @@ class _Mixed:
         tokens, logps = torch.empty_like(count), torch.empty_like(count, dtype=torch.float64)
         found, values = greedy(logits[self.greedy])
         tokens[self.greedy], logps[self.greedy] = found, values.double()
-        tokens[self.drawn], logps[self.drawn] = draw(
-            logits[self.drawn], uniforms(keys[self.drawn], count[self.drawn])
-        )
+        tokens[self.drawn], logps[self.drawn] = draw(logits[self.drawn], uniforms(keys[self.drawn], count[self.drawn]))
         return tokens, logps
 
 
@@ -124,6 +123,7 @@ class RowSettings:
         n: rows of each.
         end_ids: tokens that end every row, besides those of its params.
         vocab: how many tokens the model knows.
+        strings: has the tables of stop strings.
         device: of the tensors that come in and go out.
 
     Attributes:
@@ -132,7 +132,14 @@ class RowSettings:
     """
 
     def __init__(
-        self, params: Sequence[SamplingParams], n: int, *, end_ids: Sequence[int], vocab: int, device: torch.device
+        self,
+        params: Sequence[SamplingParams],
+        n: int,
+        *,
+        end_ids: Sequence[int],
+        vocab: int,
+        device: torch.device,
+        strings: StopStrings,
     ) -> None:
         kinds = list(dict.fromkeys(params))
         self.longest = max(kind.max_new_tokens for kind in kinds)
@@ -140,9 +147,16 @@ class RowSettings:
         number = {kind: index for index, kind in enumerate(kinds)}
         self._kind = torch.tensor([number[p] for p in params], device=device).repeat_interleave(n)
         self._limit = torch.tensor([p.max_new_tokens for p in params], device=device).repeat_interleave(n)
-        stops = {index * _KIND + token for index, kind in enumerate(kinds) for token in (*end_ids, *kind.stop_token_ids)}
+        stops = {
+            index * _KIND + token for index, kind in enumerate(kinds) for token in (*end_ids, *kind.stop_token_ids)
+        }
         # The first is smaller than any: a search never comes out before it, and the list is never empty.
         self._stops = torch.tensor([-1, *sorted(stops)], device=device)
+        self._states: Tensor | None = None  # how much of a stop string stands at the end of each row
+        if any(kind.stop_strings for kind in kinds):
+            table, begins = strings.joint([kind.stop_strings for kind in kinds])
+            self._table = table.to(device)
+            self._states = torch.tensor(begins, device=device)[self._kind]
         self._alike = _Alike(kinds[0]) if len(kinds) == 1 else None
         # Filters of the kinds stay on the CPU: what a chooser needs of them is few numbers, found without a wait each.
         self._penalty = torch.tensor([kind.repetition_penalty for kind in kinds], dtype=torch.float64)
@@ -184,6 +198,8 @@ class RowSettings:
     ) -> tuple[Bool[Tensor, " R"], Bool[Tensor, " R"]]:
         """Whether a row's last token stopped it, and whether it ends: for that, or because it is as long as it may be.
 
+        Every token of a row must come here once, in order: stop strings are followed from token to token.
+
         Args:
             rows: which.
             tokens: their last ones.
@@ -191,4 +207,8 @@ class RowSettings:
         """
         names = tokens if self._alike is not None else self._kind[rows] * _KIND + tokens
         stopped = self._stops[torch.searchsorted(self._stops, names).clamp_(max=len(self._stops) - 1)] == names
+        if self._states is not None:
+            state = self._table[self._states[rows], tokens].long()
+            self._states[rows] = state
+            stopped |= state == STOPPED
         return stopped, stopped | (count >= self._limit[rows])

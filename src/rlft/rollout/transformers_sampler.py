@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rlft import _check
 from rlft.rollout.draw import draw, greedy, penalise
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode
+from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
 from rlft.rollout.randomness import row_keys, uniforms
+from rlft.rollout.stop_strings import STOPPED, StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 
 __all__ = ["TransformersSampler"]
@@ -43,6 +44,7 @@ class TransformersSampler(Sampler):
         _check.number("max_batch", max_batch, low=1)
         self.model, self.tokenizer, self.max_batch = model, tokenizer, int(max_batch)
         self.end_ids = end_token_ids(model, tokenizer)
+        self.strings = StopStrings(tokenizer, vocab_size(model))
         pad = getattr(tokenizer, "pad_token_id", None)
         # Any id does: padding is masked in prompts, and cut off behind the end of a row.
         self.pad_id = pad if pad is not None else (self.end_ids[0] if self.end_ids else 0)
@@ -82,18 +84,20 @@ class TransformersSampler(Sampler):
         params: SamplingParams,
         poll: Callable[[], None] | None,
     ) -> list[tuple[list[int], list[float], bool]]:
-        from transformers import GenerationConfig, LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         stops = sorted({*self.end_ids, *params.stop_token_ids})
         width = max(len(ids) for ids in rows)
         input_ids = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in rows], device=model.device)
         attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)
         chooser = _Chooser(params, keys, poll)
+        watch = [_StringEnds(self.strings.table(params.stop_strings), len(rows))] if params.stop_strings else []
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             # The chooser leaves one finite score per row, so that greedy search takes the token drawn there.
             logits_processor=LogitsProcessorList([*_filters(params, attention_mask.bool()), chooser]),
+            stopping_criteria=StoppingCriteriaList(watch),
             generation_config=GenerationConfig(
                 max_new_tokens=params.max_new_tokens,
                 do_sample=False,
@@ -105,9 +109,9 @@ class TransformersSampler(Sampler):
         logps = torch.stack(chooser.logps, dim=1).tolist()
         result = []
         for row, ids in enumerate(sequences[:, width:].tolist()):
-            end = next((t for t, token in enumerate(ids) if token in stops), None)
-            length = len(ids) if end is None else end + 1
-            result.append((ids[:length], logps[row][:length], end is not None))
+            stop = next((t + 1 for t, token in enumerate(ids) if token in stops), None)
+            end = self.strings.cut(ids[:stop], params.stop_strings) or stop
+            result.append((ids[:end], logps[row][:end], end is not None))
         return result
 
 
@@ -133,6 +137,17 @@ class _Chooser:
             tokens, logps = draw(scores, uniforms(self.keys, position))
         self.logps.append(logps.float())
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
+
+
+class _StringEnds:
+    """A stopping criterion: which rows hold a whole stop string, ``[B]``."""
+
+    def __init__(self, table: Int[Tensor, "S V"], rows: int) -> None:
+        self.table, self.state = table, torch.full((rows,), 2)
+
+    def __call__(self, input_ids: Int[Tensor, "B L"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
+        self.state = self.table[self.state, input_ids[:, -1].cpu()].long()
+        return (self.state == STOPPED).to(input_ids.device)
 
 
 class _Penalty:

@@ -26,6 +26,8 @@ class SamplingParams:
         repetition_penalty: logits of tokens already in the prompt or completion are divided (if positive) or
             multiplied (if negative) by it; 1 = off.
         stop_token_ids: tokens that end a completion, besides the sampler's own (the tokenizer's EOS).
+        stop_strings: text that ends a completion, with the token that completes it, wherever tokens are cut; special
+            tokens count by their text, the prompt does not count. vLLM samples on and is cut afterwards.
         greedy: take the most likely token; temperature, top-p, top-k and min-p must then be at their defaults.
 
     Raises:
@@ -40,6 +42,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     greedy: bool = False
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0)):
@@ -59,6 +62,10 @@ class SamplingParams:
         if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
             raise ValueError(f"stop_token_ids must be token ids (integers >= 0), got {self.stop_token_ids!r}")
         object.__setattr__(self, "stop_token_ids", stops)
+        strings = self.stop_strings
+        if isinstance(strings, str) or not all(isinstance(text, str) and text for text in strings):
+            raise ValueError(f"stop_strings must be a list of texts, none empty, got {strings!r}; write ['...']")
+        object.__setattr__(self, "stop_strings", tuple(strings))
         if self.greedy:
             neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
             ignored = [name for name, value in neutral.items() if getattr(self, name) != value]
@@ -73,10 +80,10 @@ class Rollout:
     """Completions of P prompts, n each, prompt-major: prompt p owns the rows ``p * n .. (p + 1) * n - 1``.
 
     Attributes:
-        completion_ids: the sampled ids, with the EOS or stop token that ended the row and nothing after it.
+        completion_ids: the sampled ids, with the EOS, stop token or stop string that ended the row and nothing after it.
         logps: one number per id: the log-prob under the distribution it was drawn from, after every filter. Under
             greedy decoding, where nothing is drawn, under the untempered distribution.
-        finished: whether the row ended by EOS or a stop token (False: cut at ``max_new_tokens``).
+        finished: whether the row ended by EOS, a stop token or a stop string (False: cut at ``max_new_tokens``).
         weight_version: which weights sampled, as the caller counts them.
     """
 

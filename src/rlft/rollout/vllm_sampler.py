@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlft.rollout.modes import check_context, end_token_ids, generating_model
+from rlft.rollout.modes import check_context, end_token_ids, generating_model, vocab_size
 from rlft.rollout.randomness import fold_seed
+from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_weights
 
@@ -34,7 +35,8 @@ class VLLMSampler(Sampler):
     loaded by every worker; then the prefix cache, computed with the old weights, is dropped.
 
     The same seed gives the same rows on the same machine and version, but not the rows of the other back ends.
-    ``poll`` is called before and after a batch: vLLM does not return in between.
+    The engine sees token ids only, so a row with stop strings is sampled to its end or to ``max_new_tokens``, and cut
+    afterwards: the rows are the same, their rest is wasted. ``poll`` is called before and after a batch: vLLM does not return in between.
 
     Args:
         model: a causal language model or a LoRA PeftModel over one.
@@ -67,6 +69,7 @@ class VLLMSampler(Sampler):
         self._vllm = _import_vllm()
         self.model, self.tokenizer, self.weights_dir = model, tokenizer, weights_dir
         self.end_ids = end_token_ids(model, tokenizer)
+        self.strings = StopStrings(tokenizer, vocab_size(model))
         inner = generating_model(model)
         with tempfile.TemporaryDirectory(prefix="rlft-vllm-", dir=weights_dir) as folder:
             inner.config.save_pretrained(folder)
@@ -116,7 +119,7 @@ class VLLMSampler(Sampler):
         if len(outputs) != len(prompts):
             raise RuntimeError(f"vLLM returned {len(outputs)} outputs for {len(prompts)} prompts")
         rows = [
-            self._row(row, stops[p])
+            self._row(row, stops[p], requests[p].stop_strings)
             for p, output in enumerate(outputs)
             for row in self._rows(output, asked[p]) * (n // asked[p])
         ]
@@ -158,14 +161,15 @@ class VLLMSampler(Sampler):
             raise RuntimeError(f"vLLM returned {len(output.outputs)} completions of a prompt, asked for {asked}")
         return sorted(output.outputs, key=lambda row: row.index)
 
-    def _row(self, row: Any, stops: list[int]) -> tuple[list[int], list[float], bool]:
+    def _row(self, row: Any, stops: list[int], strings: tuple[str, ...]) -> tuple[list[int], list[float], bool]:
         ids = [int(token) for token in row.token_ids]
         if row.finish_reason not in ("stop", "length") or not ids:
             raise RuntimeError(f"vLLM ended a row by {row.finish_reason!r} after {len(ids)} tokens; see its log")
         if row.finish_reason == "stop" and ids[-1] not in stops:
             raise RuntimeError(f"vLLM ended a row by 'stop' at token {ids[-1]}, which is none of {stops}")
         logps = [float(step[token].logprob) for step, token in zip(row.logprobs, ids, strict=True)]
-        return ids, logps, ids[-1] in stops
+        end = self.strings.cut(ids, strings)
+        return ids[:end], logps[:end], end is not None or ids[-1] in stops
 
 
 def _import_vllm() -> Any:

@@ -54,6 +54,10 @@ def check_settings(
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} does nothing without rewards; give `rewards` to train online, or drop it"
             )
+    if config.max_tokens_per_reward_batch is not None and not rewarded:
+        raise ConfigError(
+            f"max_tokens_per_reward_batch={config.max_tokens_per_reward_batch} does nothing without rewards; drop it"
+        )
     if online and not ({"rewards", "advantages"} & objective.needs or pairwise_rules.fits(config, objective)):
         raise ConfigError(
             f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy"

@@ -107,7 +107,8 @@ def facts(trainer: Trainer) -> dict[str, str]:
     rows["micro-batches"] = (
         f"at most {p.micro_batch_rows} answers"
         if c.max_tokens_per_micro_batch is None
-        else f"at most {c.max_tokens_per_micro_batch} tokens (rows x longest row), groups whole"
+        else f"at most {c.max_tokens_per_micro_batch} tokens (rows x longest row)"
+        + (", groups whole" if trainer.objective.needs_groups else "")
     )
     adam = f"AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
     if trainer.trust_step is not None:
@@ -142,8 +143,9 @@ def peak_memory(trainer: Trainer) -> dict[str, int]:
     row = prompt + (trainer.config.max_completion_length if trainer.online else answer)
     longest = trainer.plan.micro_batch_rows * row
     if (budget := trainer.config.max_tokens_per_micro_batch) is not None:
-        group = row * max(1, trainer.plan.micro_batch_rows // trainer.plan.micro_batch_groups)  # never split
-        longest = max(group, min(budget, group * trainer.plan.groups_per_step))
+        group = row * max(1, trainer.plan.micro_batch_rows // trainer.plan.micro_batch_groups)
+        least = group if trainer.objective.needs_groups else row  # what is never split
+        longest = max(least, min(budget, group * trainer.plan.groups_per_step))
     return memory_estimate(trainer.policy, tokens=longest, gradient_checkpointing=trainer.config.gradient_checkpointing)
 
 
@@ -175,7 +177,7 @@ def start(trainer: Trainer, resumed: bool) -> None:
     console.print(table(f"rlft: {_title(trainer)}{resumed_at}", redact(facts(trainer))))
     report = trainer.train_data.report
     if report.skipped or report.kept != report.rows:
-        print(report)
+        print(redact(str(report)))
     if trainer.config.checks_itself("sample"):
         _show_sample(trainer, console)
 
@@ -192,7 +194,7 @@ def _show_sample(trainer: Trainer, console: Any) -> None:
     if example.completions:
         told = f"one row as it is trained on ({'trained tokens highlighted' if colour else 'trained tokens in [| |]'})"
     console.print(Text(told, style="bold"))
-    text = preview(example, trainer.tokenizer, colour=colour)
+    text = redact(preview(example, trainer.tokenizer, colour=colour))
     console.print(Text.from_ansi(text) if colour else Text(text), soft_wrap=True)
 
 
@@ -264,7 +266,7 @@ def end(trainer: Trainer, values: Mapping[str, float]) -> None:
 def say(trainer: Trainer, text: str) -> None:
     """One line from the main process."""
     if trainer.is_main:
-        print(text, flush=True)
+        print(redact(text), flush=True)
 
 
 def note(trainer: Trainer, text: str) -> None:
@@ -272,7 +274,7 @@ def note(trainer: Trainer, text: str) -> None:
     if trainer.is_main:
         logger.info(text)
         if not trainer.config.disable_tqdm:
-            print(text, flush=True)
+            print(redact(text), flush=True)
 
 
 def warn(trainer: Trainer, text: str) -> None:
@@ -280,7 +282,7 @@ def warn(trainer: Trainer, text: str) -> None:
     import warnings
 
     if trainer.is_main:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(redact(text), stacklevel=3)
 
 
 def _numbers(values: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import torch
 
 from rlft import checkpoint, reduce
 from rlft._failpoint import instant
+from rlft._redact import redact
 from rlft.metrics import MetricSums
-from rlft.run import guard, meeting, micro, online, pairwise, parts, setup
+from rlft.run import constants, guard, meeting, micro, online, pairwise, parts, setup
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _batches(trainer: Trainer, examples: list[Any]) -> Iterator[Batch]:
     """The examples of this process, with what the objective needs before its forward pass."""
     for chunk in _chunks(trainer, examples):
         if len(chunk) > 1 or "kl_baseline" not in trainer.objective.needs:
-            yield trainer.objective.prepare(_filled(trainer, chunk))
+            yield from _within_budget(trainer, [trainer.objective.prepare(_filled(trainer, chunk))])
 
 
 def _as_one_step(trainer: Trainer, examples: list[Any]) -> Iterator[Batch]:
@@ -123,11 +124,23 @@ def _as_one_step(trainer: Trainer, examples: list[Any]) -> Iterator[Batch]:
         whole = Batch.concat(rows) if rows else micro.blank(_filled(trainer, examples[:1]).to("cpu"))
     prepared = trainer.objective.prepare(whole, meeting.everyone(trainer))
     pieces = prepared.split_groups(trainer.config.per_device_eval_batch_size) if rows else []
-    return (batch.to(trainer.device) for batch in pieces)
+    return (batch.to(trainer.device) for batch in _within_budget(trainer, pieces))
+
+
+def _within_budget(trainer: Trainer, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, cut where the run counts tokens; metrics are sums, so the cuts change none of them."""
+    budget = trainer.config.max_tokens_per_micro_batch
+    # sharded processes pass through the model together, and lengths differ between them
+    if budget is None or guard.sharded(trainer):
+        yield from batches
+        return
+    for batch in batches:
+        for rows in micro.by_tokens(batch, budget, whole=trainer.objective.needs_groups):
+            yield batch.select(rows)
 
 
 def _filled(trainer: Trainer, examples: list[Any]) -> Batch:
-    return online.fill_constants(trainer, setup.collated(trainer, examples), alone=True)
+    return constants.fill_constants(trainer, setup.collated(trainer, examples), alone=True)
 
 
 def _preference(trainer: Trainer, outputs: Mapping[str, torch.Tensor], batch: Batch, *, implicit: bool) -> None:
@@ -161,6 +174,8 @@ def _show(trainer: Trainer, examples: list[Any], sampled: Any, rewards: torch.Te
         : trainer.config.log_completions
     ]:
         print(
-            f"[{reward:+.2f}] {trainer.tokenizer.decode(example.prompt_ids)} -> {trainer.tokenizer.decode(ids)}",
+            redact(
+                f"[{reward:+.2f}] {trainer.tokenizer.decode(example.prompt_ids)} -> {trainer.tokenizer.decode(ids)}"
+            ),
             flush=True,
         )

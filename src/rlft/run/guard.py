@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlft.errors import Interrupted, TrainingError
+from rlft.errors import Interrupted, TrainingError, out_of_memory
 from rlft.rewards import RewardError
-from rlft.run import meeting
+from rlft.run import meeting, memory
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = [
     "lost_peer",
     "not_finite",
     "poisoned",
+    "raw_outputs",
+    "raw_row",
     "saves",
     "sharded",
     "skips",
@@ -116,12 +119,12 @@ def sharded(trainer: Trainer) -> bool:
 
 
 @contextlib.contextmanager
-def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") -> Iterator[None]:
+def explained(trainer: Trainer, stage: memory.Stage = "step") -> Iterator[None]:
     """Turn what goes wrong inside a step into an error that names the step and the remedy; the gradient is dropped.
 
     Args:
         trainer: the run.
-        setting: the batch size that the memory depends on.
+        stage: of the run, which decides what helps when memory ends.
 
     Raises:
         TrainingError: out of memory, or trained tensors without a gradient on several processes.
@@ -132,18 +135,16 @@ def explained(trainer: Trainer, setting: str = "per_device_train_batch_size") ->
     except Exception as error:
         trainer.optimizer.zero_grad(set_to_none=True)
         own = type(error).__module__.startswith("rlft.")
-        if isinstance(error, ValueError) and not own:
-            raise BadBatchError(
-                f"step {trainer.step + 1}: {error} (the step was not applied; the weights are those of step {trainer.step})"
-            ) from error
+        if isinstance(error, ValueError) and not own and stage not in ("self_checks", "ref_cache"):  # before any batch
+            raise BadBatchError(f"step {trainer.step + 1}: {error} ({memory.state_of(trainer, stage)})") from error
         if "finished reduction in the prior iteration" in str(error):  # DistributedDataParallel's
             raise TrainingError(
                 f"step {trainer.step + 1}: trained tensors got no gradient, and the processes of a run wait for every one. Freeze "
                 f"what the forward pass does not use before the Trainer is built (requires_grad_(False)), or set self_checks: "
                 f"{{gradients: false}}, which lets them be; with that check on, a run names them at its first step"
             ) from error
-        if _out_of_memory(error) and not own:
-            raise TrainingError(_memory_message(trainer, setting, error)) from error
+        if out_of_memory(error) and not own:
+            raise TrainingError(memory.message(trainer, stage, error)) from error
         raise
 
 
@@ -166,35 +167,21 @@ def lost_peer(trainer: Trainer, error: BaseException) -> None:
         ) from error
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "out of memory" in words
-        or "can't allocate memory" in words
-    )
-
-
-def _memory_message(trainer: Trainer, setting: str, error: BaseException) -> str:
-    c = trainer.config
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    ways = [f"lower {setting}"]
-    if setting == "per_device_train_batch_size":
-        ways[0] += " and raise gradient_accumulation_steps by the same factor (the step stays the same)"
-    ways += ["set gradient_checkpointing: true"] if not c.gradient_checkpointing else []
-    ways += ["set use_peft: true"] if not c.use_peft else []
-    ways += [f"shorten max_completion_length (now {c.max_completion_length})"]
-    return (
-        f"step {trainer.step + 1}: out of memory with {setting}={getattr(c, setting)} on {trainer.device} ({said}); "
-        f"the step was not applied. {', or '.join(ways)}. The newest checkpoint is intact: the same command resumes from it"
-    )
-
-
 # -- steps that are not finite --------------------------------------------------------------------------------------------
-def skips(trainer: Trainer, what: str) -> bool:
-    """Whether a step that is not finite is left out and the run goes on; counted over the whole run, stops included."""
-    if trainer.nonfinite_steps >= trainer.config.max_nonfinite_steps:
+def skips(trainer: Trainer, what: str, *, allowed: bool = True, **raw: float) -> bool:
+    """Whether a step that is not finite is left out and the run goes on; counted over the whole run, stops included.
+
+    Args:
+        trainer: the run.
+        what: was found.
+        allowed: False where the weights could not be put back.
+        raw: the step's numbers as they are. They are in the log at once, where the step's own row will not have them.
+    """
+    if not allowed or trainer.nonfinite_steps >= trainer.config.max_nonfinite_steps:
+        raw_row(trainer, raw)
         return False
+    if (trainer.step + 1) % trainer.config.logging_steps and trainer.step + 1 != trainer.plan.total_steps:
+        raw_row(trainer, {**raw, "nonfinite_steps": trainer.nonfinite_steps + 1.0})
     trainer.nonfinite_steps += 1
     if trainer.is_main:
         logger.warning(
@@ -202,6 +189,30 @@ def skips(trainer: Trainer, what: str) -> bool:
             f"max_nonfinite_steps={trainer.config.max_nonfinite_steps} skipped)"
         )
     return True
+
+
+def raw_row(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """A row of the step that is being made, in metrics.jsonl and the trackers."""
+    if trainer.is_main:
+        trainer.metrics_log.write(trainer.step + 1, values)
+    trainer.accelerator.log(dict(values), step=trainer.step + 1)
+
+
+@contextlib.contextmanager
+def raw_outputs(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> Iterator[None]:
+    """Around an objective that refuses outputs which are not finite: the row says so before the run stops."""
+    try:
+        yield
+    except ValueError:
+        if not _all_finite(outputs, batch):
+            raw_row(trainer, {"loss": math.nan})
+        raise
+
+
+def _all_finite(outputs: Mapping[str, Tensor], batch: Batch) -> bool:
+    mask = batch.mask
+    used = [t[mask] if t.shape == mask.shape else t for t in outputs.values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in used)
 
 
 def poisoned(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
@@ -212,9 +223,7 @@ def poisoned(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> T
     """
     if trainer.config.max_nonfinite_steps == 0 and trainer.world_size == 1:
         return None
-    mask = batch.mask
-    used = [t[mask] if t.shape == mask.shape else t for t in outputs.values() if t.is_floating_point()]
-    if all(bool(torch.isfinite(t).all()) for t in used):
+    if _all_finite(outputs, batch):
         return None
     grown = [t for t in outputs.values() if t.requires_grad]
     return torch.stack([t.sum() for t in grown]).sum() * float("nan")

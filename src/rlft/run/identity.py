@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rlft.config import Config
@@ -22,7 +23,15 @@ _OWN = {
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def check(accelerator: Any, config: Config, objective: Objective, train: Any, held_out: Any, policy: Any) -> None:
+def check(
+    accelerator: Any,
+    config: Config,
+    objective: Objective,
+    train: Any,
+    held_out: Any,
+    policy: Any,
+    columns: Mapping[str, str],
+) -> None:
     """Refuse a run whose processes differ in settings, data or model: they would wait for each other, or mix two runs.
 
     Weights are not compared: those of process 0 are sent to all when the model is wrapped. Collective.
@@ -34,6 +43,7 @@ def check(accelerator: Any, config: Config, objective: Objective, train: Any, he
         train: training data as tokens.
         held_out: evaluation data, or None.
         policy: the module that is about to be wrapped.
+        columns: column that the objective or a reward reads -> hash of its cells.
 
     Raises:
         ValueError: naming the first thing in which a process differs from process 0.
@@ -41,8 +51,15 @@ def check(accelerator: Any, config: Config, objective: Objective, train: Any, he
     if accelerator.num_processes == 1:
         return
     settings = {name: repr(value) for name, value in config.to_dict().items() if name not in _OWN}
+    read = ", ".join(f"{name} {digest[:12]}" for name, digest in columns.items()) or "none"
     data = {"training data": _data(train), "evaluation data": "none" if held_out is None else _data(held_out)}
-    facts = {**settings, **objective.describe(), **data, "model": _layout(policy)}
+    facts = {
+        **settings,
+        **objective.describe(),
+        **data,
+        "content of the columns that are read": read,
+        "model": _layout(policy),
+    }
     meeting.same(
         accelerator,
         {name: _ADDRESS.sub("", " ".join(value.split())) for name, value in facts.items()},

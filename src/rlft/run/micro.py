@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlft._terms import BEHAVIOUR, MOMENTS
+from rlft._terms import BEHAVIOUR, MOMENTS, Term
 from rlft.run import guard
 from rlft.types import Batch
 
@@ -125,7 +125,7 @@ def without_idle_rows(trainer: Trainer, micro_batches: list[Batch]) -> list[Batc
     """Leave out rows with neither loss nor gradient.
 
     That is: without a token that counts, and, where the objective is the advantage times something, with advantage 0. Where
-    rows are compared in pairs, a pair goes only as a whole.
+    a row's place in its group matters, as in pairs, a group goes only as a whole.
 
     The step's denominators are counted before, over all rows, so loss and gradient stay what they are. Metrics of the
     forward pass (entropy, clip ratios) are then over the rows that went through it.
@@ -140,7 +140,8 @@ def without_idle_rows(trainer: Trainer, micro_batches: list[Batch]) -> list[Batc
     """
     if not micro_batches or trainer.objective.couples_rows:
         return micro_batches
-    weighted = drops_zero_advantages(trainer)
+    # without advantages the loss says that it lacks them
+    weighted = drops_zero_advantages(trainer) and all(b.advantages is not None for b in micro_batches)
     idle = [_weightless(batch) if weighted else _blank_rows(trainer, batch) for batch in micro_batches]
     everything = torch.cat(idle)
     if weighted:
@@ -154,19 +155,27 @@ def without_idle_rows(trainer: Trainer, micro_batches: list[Batch]) -> list[Batc
 def _weightless(batch: Batch) -> Tensor:
     """``[B]``: every advantage 0 or masked."""
     advantages = batch.advantages
-    assert advantages is not None  # a loss that is weighted by advantages asks for them
+    assert advantages is not None
     wide = advantages[:, None] if advantages.ndim == 1 else advantages
     return ((wide == 0) | ~batch.mask).all(-1)
 
 
 def _blank_rows(trainer: Trainer, batch: Batch) -> Tensor:
-    """``[B]``: rows without a token that counts; of pairs, where neither answer has one."""
+    """``[B]``: rows without a token that counts; where groups stay whole, only if no row of the group has one."""
     blank_rows = ~batch.mask.any(-1)
-    if not trainer.objective.needs_pairs:
+    if not any(_keeps_groups(term, batch) for term in trainer.objective.terms):
         return blank_rows
     alive = torch.zeros(batch.num_groups, dtype=torch.bool, device=batch.device)
     alive[batch.group_ids[~blank_rows].long()] = True
     return ~alive[batch.group_ids.long()]
+
+
+def _keeps_groups(term: Term, batch: Batch) -> bool:
+    """Whether a loss reads rows by their place in the group, or may: what is not ours is not known to leave blank rows out."""
+    if term.per_pair or (term.rows == "chosen" and batch.labels is None):
+        return True
+    ours = getattr(term.function, "__module__", "").startswith("rlft.")
+    return "group_ids" in term.sources and (term.prefers or not ours)
 
 
 def _least(trainer: Trainer, batch: Batch) -> Batch:
@@ -189,9 +198,7 @@ def note_layout(trainer: Trainer, batch: Batch) -> None:
     used, needs = trainer.policy.layout_used, trainer.objective.needs
     inside = trainer.objective.needs_reference and batch.ref_states is None
     inside = inside and (batch.ref_logps is None or bool(needs & {"token_kl", *MOMENTS}))
-    behaviour = (
-        bool(needs & BEHAVIOUR) and batch.behaviour_states is None and trainer.plan.updates_per_generation > 1
-    )
+    behaviour = bool(needs & BEHAVIOUR) and batch.behaviour_states is None and trainer.plan.updates_per_generation > 1
     trainer.meter.passed(used, backward=True, passes=1 + inside + behaviour)
     if used.computed:
         trainer.metrics.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))

@@ -1,4 +1,4 @@
-"""From prompts to a scored batch, and from a batch to the constants that an objective needs."""
+"""From prompts to a scored batch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft import reduce
 from rlft._failpoint import instant
-from rlft._terms import BEHAVIOUR, REFERENCE
-from rlft.errors import TrainingError
 from rlft.rollout import Rollout, SamplingParams
-from rlft.run import controllers, guard, pairwise, pairwise_rules, setup, tally, watchdog
+from rlft.run import guard, pairwise, pairwise_rules, setup, tally, watchdog
 from rlft.run import old_logps as _old_logps
 from rlft.source import OnlineSource
 from rlft.types import Batch
@@ -27,9 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "columns",
     "decoded",
-    "fill_constants",
     "move_reference",
-    "no_grad_outputs",
     "rollout",
     "score",
     "to_batch",
@@ -71,7 +65,7 @@ def rollout(trainer: Trainer, examples: Sequence[Any], *, seed: int) -> Batch:
     # both answers of a pair come from the mixture where there is one; an answer that meets an opponent, from the policy
     mixture = trainer.opponent if pairwise_rules.wants_pairs(trainer.objective) else None
     sampler = trainer.sampler if mixture is None else mixture
-    with trainer.meter.phase("sample"), instant("train.sample"):
+    with guard.explained(trainer, "sample"), trainer.meter.phase("sample"), instant("train.sample"):
         sampled = sampler.sample(
             [e.prompt_ids for e in examples],
             n,
@@ -186,51 +180,6 @@ def _padded(trainer: Trainer, logps: Sequence[Sequence[float]]) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def fill_constants(trainer: Trainer, batch: Batch, *, alone: bool = False) -> Batch:
-    """Old and reference log-probs, values and the KTO baseline, each only where something needs it before the forward.
-
-    ``alone``: do not wait for other processes, which in an evaluation may have fewer batches.
-
-    With one optimizer step per generation the policy that sampled is the policy that is trained: old log-probs are the
-    forward pass's own, and the reference is scored inside it. No pass is spent twice.
-    """
-    objective = trainer.objective
-    in_reward = objective.kl == "reward" and objective.beta > 0
-    reused = trainer.plan.updates_per_generation > 1
-    noted = batch.extras.get("sampler_logps")
-    if noted is not None and "sampler_logps" not in objective.needs:
-        batch = batch.replace(extras={name: t for name, t in batch.extras.items() if name != "sampler_logps"})
-    want = set()
-    if "ref_logps" in objective.needs and batch.ref_logps is None and (in_reward or reused):
-        want.add("ref_logps")
-    if batch.old_logps is None and (in_reward or ("old_logps" in objective.needs and reused)):
-        if noted is not None and _old_logps.trusted(trainer):
-            batch = batch.replace(old_logps=noted)
-        else:
-            want.add("logps")
-    repeated = trainer.online and trainer.config.num_iterations > 1
-    if "token_kl" in objective.needs and batch.ref_states is None and repeated:
-        want.add("ref_states")  # the reference's trunk runs once per generation, not once per pass over it
-    if objective.advantage == "gae":
-        want.add("values")
-    if want:
-        with trainer.meter.phase("reference"):
-            outputs = no_grad_outputs(trainer, batch, frozenset(want))
-        names = {"logps": "old_logps"}
-        batch = batch.replace(**{names.get(name, name): values for name, values in outputs.items()})
-        if "logps" in want and noted is not None and _old_logps.of_sampler(trainer):
-            if _old_logps.agree(trainer, batch, outputs["logps"], noted):
-                batch = batch.replace(old_logps=noted)  # from the first generation on, so that all are made alike
-    if in_reward:
-        controllers.observe_reward(trainer, batch)
-    if reused and BEHAVIOUR & objective.needs:
-        trainer.policy.remember_behaviour()
-    if "kl_baseline" in objective.needs:
-        baseline = _kto_baseline(trainer, batch, alone=alone or trainer.world_size == 1)
-        batch = batch.replace(extras={**batch.extras, "kl_baseline": baseline.expand(batch.num_rows).contiguous()})
-    return batch
-
-
 def move_reference(trainer: Trainer) -> None:
     """After a step: mix the policy into the reference, where ``sync_ref_model`` says so and it is due."""
     c = trainer.config
@@ -240,60 +189,6 @@ def move_reference(trainer: Trainer) -> None:
     source = trainer.source
     if isinstance(source, OnlineSource):  # what is left of a generation is compared with the reference as it is now
         source.queue = [batch.replace(ref_logps=None, ref_states=None) for batch in source.queue]
-
-
-@torch.no_grad()
-def no_grad_outputs(trainer: Trainer, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
-    """The model's outputs on all rows, in chunks of the micro-batch size, each ``[B, T]`` (scores ``[B]``)."""
-    width = batch.completion_ids.shape[1]
-    rows_at_once = max(trainer.plan.micro_batch_rows, 1)
-    parts: dict[str, list[Tensor]] = {}
-    for rows in torch.arange(batch.num_rows).split(rows_at_once):
-        trainer.poll()
-        for name, values in trainer.forward(batch.select(rows).to(trainer.device), want).items():
-            parts.setdefault(name, []).append(_widened(values, width))
-        trainer.meter.passed(trainer.policy.layout_used, passes=1 + bool(want & REFERENCE and want - REFERENCE))
-    return {name: torch.cat(values).to(batch.device) for name, values in parts.items()}
-
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    """``[B]`` as it is, ``[B, T]`` or ``[B, T, D]`` with T made ``width``."""
-    if values.ndim == 1:
-        return values
-    return pad(values, (*(0, 0) * (values.ndim - 2), 0, width - values.shape[1]))
-
-
-def _kto_baseline(trainer: Trainer, batch: Batch, *, alone: bool) -> Tensor:
-    """KTO's z0: mean log-ratio of mismatched pairs (answer i, prompt i+1) of the step, one number for all processes.
-
-    The prompt after the last one is the next process's first: the pairs do not depend on how many processes there are.
-    """
-    if alone and batch.num_groups < 2:
-        raise TrainingError("KTO compares answers with other prompts: give it at least 2 examples per step")
-    prompts, masks = (batch.prompt_ids, batch.prompt_mask) if alone else _with_next_prompt(trainer, batch)
-    mismatched = batch.replace(
-        prompt_ids=prompts, prompt_mask=masks, group_ids=(batch.group_ids + 1) % len(prompts), extras={}
-    )
-    outputs = no_grad_outputs(trainer, mismatched, frozenset({"logps", "ref_logps"}))
-    log_ratio = reduce.sequence_sum(outputs["logps"] - outputs["ref_logps"], batch.mask)
-    alive = batch.mask.any(-1)
-    both = torch.stack([log_ratio.where(alive, 0.0).sum().double(), alive.sum().double()]).to(trainer.device)
-    if not alone:
-        both = trainer.accelerator.reduce(both, reduction="sum")
-    return (both[0] / both[1].clamp(min=1)).clamp(min=0).to(log_ratio.dtype).to(batch.device)
-
-
-def _with_next_prompt(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Prompts of this process and the first one of the next process, ``[G + 1, L]`` and its mask."""
-    pads = trainer.accelerator.pad_across_processes
-    first = torch.stack([batch.prompt_ids[0], batch.prompt_mask[0].long()])[None].to(trainer.device)
-    every = trainer.accelerator.gather(pads(first, dim=2)).to(batch.device)
-    ids, mask = every[(trainer.rank + 1) % trainer.world_size]
-    wider = ids.shape[0] - batch.prompt_ids.shape[1]
-    return (
-        torch.cat([pad(batch.prompt_ids, (0, wider)), ids[None]]),
-        torch.cat([pad(batch.prompt_mask, (0, wider), value=False), mask[None].bool()]),
-    )
 
 
 def _record_samples(trainer: Trainer, sampled: Rollout, rewards: Tensor, n: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
 from rlft.rewards import RewardError, RewardOutput
+from rlft.rewards.call import When
 from rlft.rollout import Rollout, Sampler, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
@@ -308,18 +309,20 @@ def _ask(
     trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
 ) -> Tensor:
     """Call the judge: a reward function that also gets ``opponents`` and returns probabilities."""
+    from rlft.run import online
+
     trainer.poll()
     with trainer.meter.phase("reward"):
         output = _called(trainer, examples, first, second, ids)
     won = output.each[:, 0].double()
     wrong = ((won < 0) | (won > 1)).nonzero()
     if len(wrong):
-        row = int(wrong[0, 0])
+        row, when = int(wrong[0, 0]), When.of(online.trainer_state(trainer))
         raise RewardError(
-            f"judge {output.names[0]!r} returned {won[row].item():g} for row {row} at step {trainer.step + 1}; it must return the "
+            f"judge {output.names[0]!r} returned {won[row].item():g} for row {row}{when.text}; it must return the "
             f"probability, 0 to 1, that the completion beats its opponent (1 or 0 where it is sure, None where it cannot say)",
             function=output.names[0],
-            step=trainer.step,
+            step=when.step,
             row=row,
         )
     return won

@@ -15,7 +15,7 @@ import torch
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run import meeting
+from rlft.run import launched, meeting
 
 if TYPE_CHECKING:
     pass
@@ -55,6 +55,7 @@ def accelerator_for(config: Config) -> Any:
             f"report_to={config.report_to} needs {_TRACKERS[missing[0]]}, which is not installed, so nothing would be reported; "
             f"install it, or drop {missing[0]!r}"
         )
+    launched.check()
     meeting.meet()
     trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
     # DistributedDataParallel waits for the gradient of every trained tensor, unless it looks first which are used
@@ -235,7 +236,20 @@ def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenize
                 f"their text is encoded again for it, so both read the same text but not the same tokens",
                 stacklevel=5,
             )
+    _limit_tokens(config, [f for f in functions if isinstance(f, models.ModelReward)])
     return RewardSet(functions, weights=config.reward_weights, timeout=config.reward_timeout)
+
+
+def _limit_tokens(config: Config, reward_models: list[Any]) -> None:
+    """Reward models score as many tokens at a time as the run says, unless they were made with a limit of their own."""
+    free = [model for model in reward_models if model.max_tokens is None]
+    if config.max_tokens_per_reward_batch is not None and not free:
+        why = "every reward model has max_tokens of its own" if reward_models else "no reward is a reward model"
+        raise ConfigError(
+            f"max_tokens_per_reward_batch={config.max_tokens_per_reward_batch} does nothing: {why}; drop it"
+        )
+    for model in free:
+        model.tokens_of_run = config.max_tokens_per_reward_batch or config.max_tokens_per_micro_batch
 
 
 def judge_for(config: Config, given: Any) -> Any:

@@ -39,22 +39,21 @@ _PACKAGES = ("transformers", "peft", "accelerate")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def of(trainer: Trainer, weights: Mapping[str, Any]) -> dict[str, Any]:
+def of(trainer: Trainer, hashes: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run, as plain values.
 
     Args:
         trainer: built, before its first step.
-        weights: of :func:`weights`.
+        hashes: ``columns`` of :func:`columns` and ``weights`` of :func:`weights`.
     """
     return {
         "versions": versions(trainer.device),
         "chat_template": _template(trainer.tokenizer),
         "sources": _sources(trainer),
-        "columns": columns(trainer.train_data, trainer.objective, trainer.rewards, trainer.judge),
         "objective": {name: _one_line(text) for name, text in trainer.objective.describe().items()},
         "rewards": _rewards(trainer),
         "adapters": _adapters(trainer.policy),
-        "weights": dict(weights),
+        **hashes,
     }
 
 

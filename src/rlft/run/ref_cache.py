@@ -8,8 +8,11 @@ and the lengths), the precision, and the versions that computed it. Anything els
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
+import time
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft._files import hash_file, move, replace_file
+from rlft._files import hash_file, move, remove_file, replace_file
 from rlft.checkpoint._tensorfile import read_tensors, tensor_bytes, write_tensors
 from rlft.run import display
 from rlft.types import Batch
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RefLogps", "folder", "key", "prepare"]
 
+#: Files on their way to a name, and seconds without a write after which their run is taken for gone.
+_WORK, _LEFT = re.compile(r"\.tmp-(.*\.json-)?[0-9a-f]{32}"), 3600.0
 #: Of the files; another number is another key.
 FORMAT = 1
 
@@ -69,6 +74,8 @@ def prepare(trainer: Trainer) -> RefLogps:
     found = RefLogps()
     if not trainer.config.precompute_ref_log_probs:
         return found
+    if trainer.is_main:
+        _clear(folder(trainer))
     reference = _digest(trainer)
     for name, data in (("training", trainer.train_data), ("held-out", trainer.eval_data)):
         if data is not None:
@@ -115,6 +122,14 @@ def _digest(trainer: Trainer) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _clear(place: Path) -> None:
+    """Delete what killed runs were writing. A younger file may be on its way: other runs share the folder."""
+    for path in place.glob(".tmp-*") if place.is_dir() else ():
+        with contextlib.suppress(OSError):  # another run may have cleared it, or may not let this one do it
+            if _WORK.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _LEFT:
+                remove_file("ref_cache.stale", path)
 
 
 # -- one dataset ------------------------------------------------------------------------------------------------------

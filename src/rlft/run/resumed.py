@@ -72,7 +72,8 @@ def warn_of_others(trainer: Trainer, found: checkpoint.Checkpoint, source: dict[
     ]
     if source.get("queued"):
         said.append(
-            f"{source['queued']} steps that were to be taken on the last generation are left out: a new one is sampled"
+            f"what was still to be trained on of the last generation (steps: {source['queued']}) is left out: a new one is "
+            f"sampled"
         )
     if trainer.replay is not None:
         said.append(

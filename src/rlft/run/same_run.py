@@ -138,10 +138,11 @@ def _changed_weights(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         before, after = one[owner]["tensors"], other[owner]["tensors"]
         names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
         if names:
-            more = f", ... {names[-1]}" if len(names) > 3 else ""
+            changed = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in names]
+            more = f", ... {changed[-1]}" if len(names) > 3 else ""
             lines.append(
                 f"frozen weights of the {owner}: {len(names)} of {len({**before, **after})} tensors have other values "
-                f"({', '.join(names[:3])}{more})"
+                f"({', '.join(changed[:3])}{more})"
             )
     return lines
 

@@ -44,7 +44,7 @@ def before(trainer: Trainer) -> None:
     for name, check in CHECKS.items():
         if trainer.config.checks_itself(name):
             started = time.perf_counter()
-            with guard.together(trainer):
+            with guard.together(trainer), guard.explained(trainer, "self_checks"):
                 said = check(trainer)
                 if said is not None:
                     raise TrainingError(failed(name, said))
@@ -80,10 +80,10 @@ def reference(trainer: Trainer) -> str | None:
     """The reference is the policy as it was passed, so both give the same log-probs."""
     if getattr(trainer.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
         return None
-    from rlft.run import online
+    from rlft.run import constants
 
     batch = probe_batch(trainer, trainer.train_data.examples[:2])
-    outputs = online.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}))
+    outputs = constants.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}), everything=True)
     gap = float((outputs["logps"] - outputs["ref_logps"]).abs().max())
     if gap <= EXACT:
         return None

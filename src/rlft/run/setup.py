@@ -59,7 +59,7 @@ class Parts:
     sampler: Any
     replay: Any
     plan: Plan
-    weights: dict[str, Any]
+    hashes: dict[str, Any]
 
 
 def objective(config: Config, given: Objective | Callable[..., Any] | None) -> Objective:
@@ -173,9 +173,12 @@ def build(
             note_positions(config, loaded, train, online=online)
         policy = _policy(config, objective, loaded, peft_config, ref_model)
         optimizer = optimizer or adamw(config, policy)
-        # whole still: afterwards they may be sharded. One process compares them, and all are given those of the first
-        weights = provenance.weights(policy, rewards) if accelerator.is_main_process else {}
-    identity.check(accelerator, config, objective, train, held_out, policy)
+        # weights are whole still, and may be sharded later; one process compares them, and all are given those of the first
+        hashes = {
+            "columns": provenance.columns(train, objective, rewards, judge),
+            "weights": provenance.weights(policy, rewards) if accelerator.is_main_process else {},
+        }
+    identity.check(accelerator, config, objective, train, held_out, policy, hashes["columns"])
     wrapped, adam = accelerator.prepare(policy, optimizer)
     with meeting.together(accelerator, ValueError):
         if online and sampler is None:
@@ -199,7 +202,7 @@ def build(
         sampler=sampler,
         replay=replay,
         plan=steps,
-        weights=weights,
+        hashes=hashes,
     )
 
 
@@ -235,7 +238,11 @@ def source(trainer: Trainer) -> Source:
     if c.streaming:
         # two blocks for each worker are the examples of two steps
         block = -(-p.draws // max(1, c.dataloader_num_workers))
-        order = StreamOrder(data.open(trainer.rank, trainer.world_size, block=block, waiting=trainer.poll), p.draws)
+        order = StreamOrder(
+            data.open(trainer.rank, trainer.world_size, block=block, waiting=trainer.poll),
+            p.draws,
+            compare="data" not in c.accept_changed,
+        )
     else:
         order = EpochSampler(
             len(data.examples),

@@ -25,15 +25,18 @@ from rlft._redact import redact
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
-from rlft.run import controllers, guard, meeting, provenance, resumed, same_run
+from rlft.run import controllers, display, guard, meeting, provenance, resumed, rows_read, same_run
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
+    from rlft.data import DataReport
     from rlft.trainer import Trainer
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "seed"]
+__all__ = [
+    "Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "seed", "write_summary",
+]  # fmt: skip
 
 
 _COUNTERS = (
@@ -135,7 +138,9 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
                 f"step {state.step}: {name} holds NaN or infinity, so no checkpoint was written over a good one; look for "
                 f"what changed it (a callback?), and resume from the newest checkpoint with the same command"
             )
-    moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, _optimizer_names(trainer))
+    names, opponent = _optimizer_names(trainer), trainer.average.state() if trainer.average is not None else {}
+    moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, names, keep=trainer.is_main)
+    whole = _whole(trainer)
     tensors: dict[str, dict[str, Tensor]] = {"rng": state.rng[0], "source": state.source[0]}
     records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
     if state.replay is not None:
@@ -145,7 +150,7 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
     if trainer.is_main:
         tensors |= {"trainable": trainables, "optimizer": moments, "reference": reference}
         tensors["behaviour"] = _behaviour_state(trainer)
-        tensors["opponent"] = trainer.average.state() if trainer.average is not None else {}
+        tensors["opponent"] = opponent
         records |= {
             "optimizer": groups,
             "trainer": {
@@ -167,9 +172,35 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
         rank=trainer.rank,
         world_size=trainer.world_size,
         barrier=trainer.accelerator.wait_for_everyone,
-        extra_writer=(lambda folder: trainer.save_model(folder / "model")) if trainer.is_main else None,
+        extra_writer=(lambda folder: write_model(trainer, folder / "model", whole)) if trainer.is_main else None,
         extra_bytes=_exported_bytes(trainer) if trainer.is_main else 0,
     )
+
+
+def write_model(trainer: Trainer, folder: Path, whole: dict[str, Tensor] | None) -> None:
+    """The trained adapters, or the whole model, with the tokenizer; by one process.
+
+    Args:
+        trainer: the run.
+        folder: made where it is missing.
+        whole: what :func:`_whole` gave.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with display.quiet_transformers():
+        trainer.policy.save_pretrained(folder, **({} if whole is None else {"whole": whole}))
+        trainer.tokenizer.save_pretrained(folder)
+
+
+def _whole(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The weights that are written, gathered where they are spread over processes; None where they are not. Collective."""
+    return trainer.policy.whole_state(keep=trainer.is_main) if guard.sharded(trainer) else None
+
+
+def save_model(trainer: Trainer, folder: str | Path) -> None:
+    """:func:`write_model` by the main process; where weights are spread over processes, all of them take part."""
+    whole = _whole(trainer)
+    if trainer.is_main:
+        write_model(trainer, Path(folder), whole)
 
 
 def export(trainer: Trainer, *, again: bool = True) -> None:
@@ -184,6 +215,7 @@ def export(trainer: Trainer, *, again: bool = True) -> None:
     Raises:
         TrainingError: when the disk refuses; nothing half-written is left.
     """
+    whole = _whole(trainer)
     if not trainer.is_main:
         return
     final, fresh, old = (trainer.run_dir / name for name in ("model", ".tmp-model", ".old-model"))
@@ -193,7 +225,7 @@ def export(trainer: Trainer, *, again: bool = True) -> None:
                 remove_tree("export.stale", left)
         if again or not _same_files(trainer.run_dir / f"checkpoint-{trainer.step}" / "model", final):
             with instant("export.write"):
-                trainer.save_model(fresh)
+                write_model(trainer, fresh, whole)
             for path in sorted(fresh.rglob("*")):
                 sync_file("export.file.sync", path)
             if final.exists():
@@ -289,7 +321,8 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint, place: dict[str, An
         trainer.optimizer, _optimizer_names(trainer), found.tensors.get("optimizer", {}), found.records["optimizer"]
     )
     waiting = found.tensors.get("source", {}) if "source" in found.own else {}
-    trainer.source.load({name: t.to(trainer.device) for name, t in waiting.items()}, place, anew=others)
+    with guard.together(trainer, ValueError):  # each process reads its own share of a stream again
+        trainer.source.load({name: t.to(trainer.device) for name, t in waiting.items()}, place, anew=others)
     if trainer.replay is not None:
         trainer.replay.load_state_dict(found.tensors.get("replay", {}), found.records["replay"])
     if "metrics" in found.own:  # else they are another process's, and would count twice
@@ -382,17 +415,15 @@ def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
         log.truncate_to(trainer.step, offset or 0)
         if trainer.is_main:
             _write_settings(trainer, "config.json", redact(trainer.config.to_dict()))
-            report = trainer.train_data.report
-            facts = {
-                "rows": report.rows,
-                "kept": report.kept,
-                "skipped": report.skipped,
-                "format": trainer.train_data.format,
-            }
-            _write_settings(trainer, "summary.json", {"data": facts, **provenance.shown(trainer.made_of)})
+            write_summary(trainer, trainer.train_data.report)
         plain = {k: v for k, v in redact(trainer.config.to_dict()).items() if isinstance(v, (int, float, str, bool))}
         trainer.accelerator.init_trackers("rlft", config=plain)
     return log
+
+
+def write_summary(trainer: Trainer, rows: DataReport) -> None:
+    """Leave ``summary.json``: what became of the rows, and what computed and from where. On the main process."""
+    _write_settings(trainer, "summary.json", {"data": rows_read.facts(rows), **provenance.shown(trainer.made_of)})
 
 
 def _write_settings(trainer: Trainer, name: str, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlft.rollout import Rollout, SamplingParams
 from rlft.rollout.draw import filter_logits
-from rlft.run import guard, selfcheck
+from rlft.run import guard, micro, selfcheck
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -97,8 +97,12 @@ def policy_logps(
     policy = trainer.policy
     if params.top_p == 1.0 and not params.top_k and not params.min_p and params.repetition_penalty == 1.0:
         batch = selfcheck.batch_of(trainer, list(zip(prompts, answers, strict=True)))
-        logps = policy(batch, want=frozenset({"logps"}), temperature=params.temperature)["logps"]
-        return logps[batch.mask].double().cpu()
+        found = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        for rows in micro.without_gradient(trainer, batch, alone=True):
+            part = batch.select(rows)
+            logps = policy(part, want=frozenset({"logps"}), temperature=params.temperature)["logps"]
+            found[rows, : logps.shape[1]] = logps.double().cpu()
+        return found[batch.mask.cpu()]
     found = []
     with policy.generating() as model:
         for prompt, answer in zip(prompts, answers, strict=True):

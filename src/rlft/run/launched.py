@@ -1,0 +1,46 @@
+"""Ways to launch several processes that a run cannot be saved and continued under: refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+
+from rlft.config import ConfigError
+
+__all__ = ["check"]
+
+_INSTEAD = (
+    "launch with torch's FSDP2 (configs/accelerate/fsdp.yaml), where weights must be spread over the GPUs, or with one "
+    "whole model per process (configs/accelerate/ddp.yaml)"
+)
+
+
+def check() -> None:
+    """Look at what ``accelerate launch`` asks for.
+
+    Raises:
+        ConfigError: for DeepSpeed, Megatron-LM and the first version of FSDP. They keep weights and moments in flat pieces of
+            their own, under no parameter's name: a checkpoint could not hold them, nor another number of processes go on.
+    """
+    if _on("ACCELERATE_USE_DEEPSPEED") or _on("ACCELERATE_USE_MEGATRON_LM"):
+        name = "DeepSpeed" if _on("ACCELERATE_USE_DEEPSPEED") else "Megatron-LM"
+        raise ConfigError(
+            f"the launcher asks for {name}, whose optimizer keeps its state in pieces that no checkpoint here can hold; "
+            f"{_INSTEAD}"
+        )
+    if not _on("ACCELERATE_USE_FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(
+            f"the launcher asks for version {version} of FSDP, which flattens weights into pieces that no checkpoint here can "
+            f"hold; set fsdp_version: 2 in its configuration, or {_INSTEAD}"
+        )
+    if _on("ACCELERATE_USE_CPU"):
+        raise ConfigError(
+            "the launcher asks for FSDP on CPUs, where accelerate leaves it out without a word; launch with "
+            "configs/accelerate/cpu.yaml"
+        )
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
