@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlft._failpoint import failpoints_in_source
 from tests.reliability import __main__ as campaign
 
 ROOT = Path(__file__).parents[1]
@@ -44,10 +45,32 @@ def test_a_few_cases_of(quick: tuple[int, dict[str, Any], str], section: str) ->
     assert found[section]["cases"] >= max(1, found[section]["wanted"])
 
 
-def test_no_instant_of_the_source_is_left_out(quick: tuple[int, dict[str, Any], str]) -> None:
-    """What no run of the trainer passes is a matter of several processes, and of tests/test_checkpoint_kill.py."""
-    _, found, _ = quick
-    assert found["named"]["notes"]["named instants in the source"] > 150
+_ALONE = "a checkpoint alone: tests/test_checkpoint_kill.py kills at it, and holds that it misses none of these"
+_PAGE = "a report on a full disk: half a page is taken back, and `rlft report` writes it at any time"
+#: Instants that the runs of the campaign do not pass -> who kills at them, or why nobody needs to.
+NOT_IN_A_RUN = {
+    "checkpoint.leftover.file": _ALONE,
+    "checkpoint.leftover.folder": _ALONE,
+    "checkpoint.part.open": _ALONE,
+    "checkpoint.part.remove": _ALONE,
+    "checkpoint.part.sync": _ALONE,
+    "checkpoint.part.write": _ALONE,
+    "checkpoint.run.mkdir": _ALONE,
+    "ref_cache.stale": "an hour-old leftover in a folder that runs share: tests/trainer/test_ref_cache.py",
+    "report.page.remove": _PAGE,
+    "report.picture.remove": _PAGE,
+}
+
+
+def test_no_instant_of_the_source_is_left_out() -> None:
+    """The stored campaign killed runs at every named instant of today's source, but for a list with reasons."""
+    reached = set(json.loads(campaign.STORE.read_text())["named"]["reached"])
+    source = failpoints_in_source()
+    listed = {f"{stem}.{side}" for stem in NOT_IN_A_RUN for side in ("before", "after")}
+    assert listed <= source
+    assert source - reached - listed == set(), "new instants: run python -m tests.reliability named"
+    assert reached - source == set(), "instants that are gone: run python -m tests.reliability named"
+    assert reached & listed == set(), "these are killed at by now: take them off the list"
 
 
 @pytest.mark.slow

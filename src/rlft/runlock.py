@@ -87,8 +87,9 @@ class RunLock:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 self._descriptor = os.open(self.run_dir / LOCK_NAME, flags, 0o666)
             self._lock()
-            for stale in sorted(self.run_dir.glob(".tmp-*.json-*")):  # run.json, and the trainer's own small files
-                remove_file("run.config.stale", stale)
+            for kind in ("json", "html", "png"):  # run.json, the trainer's own small files, the report
+                for stale in sorted(self.run_dir.glob(f".tmp-*.{kind}-*")):
+                    remove_file("run.config.stale", stale)
             self._claim()
         except OSError as error:
             self.release()

@@ -89,3 +89,11 @@ def test_critic_with_an_adapter_and_policy_with_one() -> None:
     assert policy.critic.head.bias.grad is not None
     trainable = [n for n, p in policy.named_parameters() if p.requires_grad]
     assert all("lora" in n or "critic.head" in n for n in trainable)
+
+
+def test_a_damaged_value_head_is_named(tmp_path: Path) -> None:
+    policy = Policy(tiny_llama(), critic="shared")
+    policy.save_pretrained(tmp_path)
+    (tmp_path / "value_head.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"value_head\.safetensors cannot be read .* save the model again"):
+        policy.load_value_head(tmp_path)

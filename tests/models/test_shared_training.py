@@ -82,7 +82,7 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", NAMED)
 def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_the_padded_layout(family: str, lora: bool) -> None:
-    """The same rounding in another order. Their distance is the rounding of two passes; a wrong token is tens of percent."""
+    """The same rounding in another order. A wrong token is tens of percent."""
 
     rounded = maker(family, torch.bfloat16, lora=lora)
 
@@ -97,5 +97,4 @@ def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_the_padded_layout
         errors[layout]["gradient"] = relative(grads, true_grads)
     for name, padded in errors["padded"].items():
         assert 0.0 < errors["shared"][name] < 1.5 * padded, (name, errors)
-    assert errors["shared"]["gradient"] < 0.2, errors
-    print("FIG", family, lora, {k: (round(v,4), round(errors["shared"][k],4)) for k, v in errors["padded"].items()})
+    assert errors["shared"]["logps"] < 0.02, errors

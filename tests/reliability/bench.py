@@ -23,6 +23,7 @@ class Figures:
         wanted: how many cases the section should have had.
         cases: how many it had.
         failures: one text per case that did not hold.
+        reached: named instants that runs were killed at.
         notes: measured numbers, name -> value.
     """
 
@@ -30,6 +31,7 @@ class Figures:
     wanted: int
     cases: int = 0
     failures: list[str] = field(default_factory=list)
+    reached: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
 

@@ -180,6 +180,7 @@ def test_a_tokenizer_that_rewrites_text_is_refused():
         def decode(self, ids, **options):
             return "x" * (10 - len(ids))
 
+    FastSampler(tiny.tiny_llama(), types.SimpleNamespace(eos_token_id=2))  # text is not asked for until it is needed
+    strings = StopStrings(Odd(), 5)
     with pytest.raises(ValueError, match=r"cannot be used with this Odd: token 0 changes the text before it"):
-        FastSampler(tiny.tiny_llama(), types.SimpleNamespace(eos_token_id=2))  # not read until it is needed
-        StopStrings(Odd(), 5).table(("a",))
+        strings.table(("a",))

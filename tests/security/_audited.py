@@ -5,6 +5,7 @@ First once on sound inputs, so that imports are over; then with the hook, on sou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sys
@@ -54,6 +55,7 @@ def doors(folder: Path) -> dict[str, Callable[[], Any]]:
     from rlft import cli, config, data, models, report
     from rlft.checkpoint import find_latest, inspect, load_latest
     from rlft.metrics import read_metrics
+    from rlft.rewards import load_reward
 
     run = folder / "run"
     found: dict[str, Callable[[], Any]] = {
@@ -67,10 +69,51 @@ def doors(folder: Path) -> dict[str, Callable[[], Any]]:
         "doctor": lambda: cli.main(["doctor", str(run)]),
         "report": lambda: report.write_report(run, folder / "r.html"),
         "resume": lambda: cli.main(["train", str(folder / "run.yaml")]),
+        # online, inside a generation: its queue and the replay buffer come from the checkpoint
+        "online resume": lambda: cli.main(["train", str(folder / "online.yaml")]),
+        "streaming": lambda: cli.main(["train", str(folder / "stream.yaml")]),
+        "streaming with workers": lambda: cli.main(["train", str(folder / "workers.yaml")]),
+        "reference log-probs": lambda: cli.main(["train", str(folder / "cached.yaml")]),
+        "value head": lambda: models.Policy(
+            models.load_causal_lm(folder / "shared" / "model"), critic="shared"
+        ).load_value_head(folder / "shared" / "model"),
+        "critic": lambda: models.Policy(
+            models.load_causal_lm(folder / "own" / "model"),
+            critic=models.load_causal_lm(folder / "own" / "model" / "critic"),
+        ).load_value_head(folder / "own" / "model"),
+        "hub rows": lambda: hub_rows(folder / "hub", folder / "hub-cache"),
+        "reward file": lambda: (
+            load_reward(f"{folder / 'rewards.py'}:score"),
+            load_reward(f"{folder / 'rewards.py'}:judge"),
+        ),
+        "symbolic checker": lambda: symbolic(["x+1", r"\frac{x^2-1}{x-1}"]),
     }
     for path in sorted((folder / "data").iterdir()):
         found[f"data {path.name}"] = lambda path=path: data.load_rows(str(path))
     return found
+
+
+def hub_rows(source: Path, cache: Path) -> list[Any]:
+    """A dataset as the hub lays it out, whole and row by row; the name stands for a folder, since no network is there."""
+    import datasets
+
+    from rlft.data import hub
+
+    real = datasets.load_dataset
+    datasets.load_dataset = lambda path, **options: real(str(source), cache_dir=str(cache), **options)  # type: ignore[assignment]
+    try:
+        whole = hub.fetch("acme/sums", split="train", name=None, revision=None)
+        return [*whole, *hub.HubRows("acme/sums")()]
+    finally:
+        datasets.load_dataset = real
+
+
+def symbolic(texts: list[str]) -> list[Any]:
+    """Every text as answer and as reference, in the checker's own process."""
+    from rlft.rewards import SymbolicChecker
+
+    with contextlib.closing(SymbolicChecker(timeout=1.0)) as checker:
+        return [found for text in texts for found in (checker(text, "x+1"), checker("1+x", text))]
 
 
 def hostile(folder: Path, sentinel: Path) -> dict[str, Callable[[], Any]]:
@@ -79,7 +122,10 @@ def hostile(folder: Path, sentinel: Path) -> dict[str, Callable[[], Any]]:
     import shutil
 
     from rlft import cli, config, data, models
+    from rlft._files import hash_file
+    from rlft._json import loads
     from rlft.checkpoint import find_latest, inspect, load
+    from rlft.checkpoint._manifest import _sealed
 
     call = f"__import__('pathlib').Path({str(sentinel)!r}).touch()"
 
@@ -130,6 +176,57 @@ def hostile(folder: Path, sentinel: Path) -> dict[str, Callable[[], Any]]:
         path.unlink()
     (adapter / "adapter_model.bin").write_bytes(bomb)
     found["pickled adapter"] = lambda: models.load_adapter(adapter)
+
+    head = bad / "head"
+    shutil.copytree(folder / "shared" / "model", head, dirs_exist_ok=True)
+    (head / "value_head.safetensors").write_bytes(bomb)
+    found["value head of pickles"] = lambda: models.Policy(
+        models.load_causal_lm(head), critic="shared"
+    ).load_value_head(head)
+
+    # a checkpoint whose manifest is sound, and whose files are pickles: the hashes do not say who wrote it
+    online = bad / "online"
+    shutil.copytree(folder / "online", online, dirs_exist_ok=True)
+    for place in online.glob("checkpoint-*"):
+        names = ["replay.safetensors", "source.safetensors", "trainable.safetensors"]
+        for name in names:
+            (place / name).write_bytes(bomb)
+        body = {key: value for key, value in loads((place / "manifest.json").read_bytes()).items() if key != "seal"}
+        body["files"] |= {name: hash_file(place / name)._asdict() for name in names}
+        (place / "manifest.json").write_bytes(_sealed(body))
+    settings = json.loads((folder / "online.yaml").read_text())
+    (bad / "online.yaml").write_text(json.dumps({**settings, "output_dir": str(online)}))
+    found["sealed checkpoint of pickles"] = lambda: cli.main(["train", str(bad / "online.yaml")])
+
+    cache = bad / "cache"
+    shutil.copytree(folder / "cache", cache, dirs_exist_ok=True)
+    for path in [*cache.glob("*.safetensors"), *cache.glob("*.json")]:
+        path.write_bytes(bomb)
+    settings = json.loads((folder / "cached.yaml").read_text())
+    (bad / "cached.yaml").write_text(
+        json.dumps({**settings, "ref_cache_dir": str(cache), "output_dir": str(bad / "cached")})
+    )
+    found["reference log-probs of pickles"] = lambda: cli.main(["train", str(bad / "cached.yaml")])
+
+    lines = "".join(json.dumps({"prompt": call, "completion": f"{{{{ {call} }}}}"}) + "\n" for _ in range(8))
+    (bad / "stream.jsonl").write_text(lines)
+    for name in ("stream", "workers"):
+        settings = json.loads((folder / f"{name}.yaml").read_text())
+        settings |= {
+            "train_data": str(bad / "stream.jsonl"),
+            "output_dir": str(bad / name),
+            "model": str(folder / "run/model"),
+        }
+        settings |= {"max_prompt_length": 200, "max_completion_length": 200, "tokenizer": str(folder / "run/model")}
+        (bad / f"{name}.yaml").write_text(json.dumps(settings))
+        found[f"{name} of hostile text"] = lambda name=name: cli.main(["train", str(bad / f"{name}.yaml")])
+
+    script = bad / "script"
+    script.mkdir(exist_ok=True)
+    (script / "script.py").write_text(f"{call}\n")
+    (script / "data.pkl").write_bytes(bomb)
+    found["hub dataset that is a script"] = lambda: hub_rows(script, bad / "hub-cache")
+    found["symbolic checker"] = lambda: symbolic(answers(sentinel, 12))
 
     run = bad / "run"
     shutil.copytree(folder / "run", run, dirs_exist_ok=True)

@@ -86,7 +86,8 @@ def run(folder: Path, kind: str, *, on: bool, stop: bool = False) -> Trainer:
         torch.manual_seed(0)
         model.config.num_labels = 1
         model.config.pad_token_id = 0
-        model = LlamaForSequenceClassification(model.config).to(torch.float64)
+        scorer: Any = LlamaForSequenceClassification(model.config)
+        model = scorer.to(torch.float64)
     with sharded(on):
         t = Trainer(
             model, {**KINDS[kind], "output_dir": str(folder / kind)}, train_dataset=PAIRS, eval_dataset=HELD_OUT,

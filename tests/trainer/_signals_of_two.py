@@ -50,7 +50,11 @@ def make(folder: Path, settings: dict[str, Any], reward: Any = digits) -> Traine
         "self_checks": False, **({"num_generations": 4} if online else {}), **extra,
     }  # fmt: skip
     model = tiny_llama(hidden_size=16, num_hidden_layers=1)
-    data = {"train_dataset": PROMPTS if online else PAIRS, "eval_dataset": held_out, "processing_class": char_tokenizer()}
+    data = {
+        "train_dataset": PROMPTS if online else PAIRS,
+        "eval_dataset": held_out,
+        "processing_class": char_tokenizer(),
+    }
     return Trainer(model, args, reward_funcs=reward if online else None, **data)
 
 
@@ -112,7 +116,9 @@ def cut(folder: Path, place: str) -> dict[str, Any]:
     def reward(completion_ids: list[list[int]], trainer_state: Any, **columns: Any) -> list[float]:
         if trainer_state.global_step == AT and trainer_state.is_training and place.endswith("reward"):
             begin()
-            if place == "reward" or rank == 0:  # else process 1 is through, and waits for the other when the signal comes
+            if (
+                place == "reward" or rank == 0
+            ):  # else process 1 is through, and waits for the other when the signal comes
                 time.sleep(LONG)
         return digits(completion_ids)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlft import Config, Trainer
 from rlft.config import ConfigError
 from rlft.models import ModelReward, Policy, RewardScorer
-from rlft.run import constants, micro
+from rlft.run import constants, guard, micro
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 from tests.trainer.common import PAIRS, PROMPTS, resumed_equals_whole, run
@@ -219,3 +219,36 @@ def test_a_budget_for_reward_models_is_refused_where_there_is_none(tmp_path: Pat
         scored_by_model(tmp_path / "run", own, max_tokens_per_reward_batch=50)
     with pytest.raises(ConfigError, match="max_tokens_per_reward_batch=0 must be at least 1"):
         Config(max_tokens_per_reward_batch=0)
+
+
+# -- processes that wait for each other -------------------------------------------------------------------------------
+def test_sharded_processes_make_as_many_passes_as_the_longest_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = run(tmp_path, "grpo", beta=0.1, model=tiny_llama(dtype=torch.float64), dtype="float64",
+            max_tokens_per_micro_batch=BUDGET)  # fmt: skip
+    batch = random_batch(groups=4, per_group=4, prompt_lengths=(1, 9), lengths=(1, 7), seed=5)
+    want = frozenset({"logps"})
+    truth = constants.no_grad_outputs(t, batch, want)["logps"]
+    own = len(micro.without_gradient(t, batch))
+    asked: list[int] = []
+
+    def others_have_more(counts: Tensor) -> Tensor:
+        asked.append(int(counts))
+        return torch.tensor([own + 3, int(counts)])
+
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(t.accelerator, "gather", others_have_more)
+    monkeypatch.setattr(t, "poll", lambda **_: None)
+    seen = Seen(monkeypatch)
+    constants.no_grad_outputs(t, batch, want)
+    assert (len(seen.sizes[False]), asked) == (own, []), "replicas do not wait"
+    monkeypatch.setattr(guard, "sharded", lambda trainer: True)
+    again = constants.no_grad_outputs(t, batch, want)["logps"]
+    assert (len(seen.sizes[False]), asked) == (2 * own + 3, [own])
+    assert torch.equal(again, truth)
+    constants.no_grad_outputs(
+        t, batch, want, alone=True
+    )  # rows are counted: as many for every process with as many rows
+    assert len(seen.sizes[False]) == 2 * own + 3 + len(micro.by_rows(batch, t.plan.micro_batch_rows))
+    assert asked == [own]

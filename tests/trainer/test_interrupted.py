@@ -266,3 +266,20 @@ def test_a_trainer_that_was_stopped_goes_on_to_the_end(tmp_path: Path) -> None:
     cut.train()
     assert cut.step == 5
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run does not look into a report that is there, so half a one would stay."""
+    monkeypatch.setenv("RLFT_FAILPOINT", "report.page.write.after:1:oserror:ENOSPC")
+    with pytest.raises(
+        TrainingError, match=r"report was not written to .*report\.html: No space .*`rlft report .*` writes"
+    ):
+        run(tmp_path, report=True).train()
+    assert not (tmp_path / "report.html").exists()
+    assert leftovers(tmp_path) == []
+    monkeypatch.delenv("RLFT_FAILPOINT")
+    for kind in ("html", "png"):  # as a kill would leave them
+        (tmp_path / f".tmp-report.{kind}-{'0' * 32}").write_text("half")
+    assert run(tmp_path, report=True).train() == {}
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert leftovers(tmp_path) == []

@@ -19,6 +19,8 @@ __all__ = ["SELF_CHECKS", "check"]
 SELF_CHECKS = (
     "reference", "padding", "sample", "trainable", "memory", "dry_checkpoint", "first_step", "gradients", "on_policy",
 )  # fmt: skip
+#: Models whose own code ``trust_remote_code`` can let run.
+MODELS = ("policy", "reference", "critic", "reward")
 #: What ``accept_changed`` can let pass when a run is resumed.
 CHANGES = ("data", "objective", "rewards", "adapters", "weights")
 #: Beyond these a step overflows float32, or divides rounding errors by next to nothing.
@@ -80,6 +82,9 @@ def check(config: Config) -> None:
     _check_texts(config)
     _check_self_checks(config)
     _check_accepted(config)
+    for name in config.trust_remote_code if not isinstance(config.trust_remote_code, bool) else ():
+        if name not in MODELS:
+            raise ConfigError(f"trust_remote_code has no {name!r}{_check.suggestion(name, MODELS)}")
     _check_streaming(config)
     if secrets := secret_keys({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}):
         raise ConfigError(

@@ -59,7 +59,11 @@ class Config:
         group="model",
     )
     model_revision: str | None = _doc("Git revision of a hub model.", None, group="model")
-    trust_remote_code: bool = _doc("Run code from the policy's repository. Off by default.", False, group="model")
+    trust_remote_code: bool | list[str] = _doc(
+        "Models whose own Python code may run, e.g. `[policy, reward]` (also `reference`, `critic`); true: the policy's alone.",
+        False,
+        group="model",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = _doc(
         "Type of frozen weights; trainable ones are float32.", "float32", group="model"
     )
@@ -321,6 +325,11 @@ class Config:
     def checks_itself(self, name: str) -> bool:
         """Whether one of :data:`SELF_CHECKS` is on: all are, but for those that ``self_checks`` switches off."""
         return self.self_checks.get(name, True) if isinstance(self.self_checks, dict) else self.self_checks
+
+    def trusts(self, model: str) -> bool:
+        """Whether code beside the weights of ``policy``, ``reference``, ``critic`` or ``reward`` may run."""
+        trusted = self.trust_remote_code
+        return trusted and model == "policy" if isinstance(trusted, bool) else model in trusted
 
     @property
     def unused_weights(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlft import _check
+from rlft._failpoint import instant
 from rlft.models import adapters, modes
 from rlft.models.behaviour import Behaviour
 from rlft.models.critic import CriticModel, ValueHead
@@ -484,21 +485,22 @@ class Policy(TrainableModule):
         from safetensors.torch import save_file
 
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {} if whole is None else {"state_dict": under("model.", whole)}
-        if adapters.is_peft(self.model):
-            name = adapters.active_adapter(self.model)
-            options |= {"selected_adapters": [name], "save_embedding_layers": False}
-        self.model.save_pretrained(str(directory), **options)
-        if self.value_head is not None:
-            head = under("value_head.", whole) or plain_state(self.value_head)
-            save_file(head, str(directory / "value_head.safetensors"))
-        if self.critic is not None:
-            folder = directory / "critic"
-            options = {} if whole is None else {"state_dict": under("critic.model.", whole)}
-            self.critic.model.save_pretrained(str(folder), **options)
-            head = under("critic.head.", whole) or plain_state(self.critic.head)
-            save_file(head, str(folder / "value_head.safetensors"))
+        with instant("weights.write"):
+            directory.mkdir(parents=True, exist_ok=True)
+            options: dict[str, Any] = {} if whole is None else {"state_dict": under("model.", whole)}
+            if adapters.is_peft(self.model):
+                name = adapters.active_adapter(self.model)
+                options |= {"selected_adapters": [name], "save_embedding_layers": False}
+            self.model.save_pretrained(str(directory), **options)
+            if self.value_head is not None:
+                head = under("value_head.", whole) or plain_state(self.value_head)
+                save_file(head, str(directory / "value_head.safetensors"))
+            if self.critic is not None:
+                folder = directory / "critic"
+                options = {} if whole is None else {"state_dict": under("critic.model.", whole)}
+                self.critic.model.save_pretrained(str(folder), **options)
+                head = under("critic.head.", whole) or plain_state(self.critic.head)
+                save_file(head, str(folder / "value_head.safetensors"))
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load ``value_head.safetensors`` of :meth:`save_pretrained`'s folder into the critic's head.
@@ -514,4 +516,8 @@ class Policy(TrainableModule):
         path = Path(directory) / ("value_head.safetensors" if self.critic is None else "critic/value_head.safetensors")
         if not path.is_file():
             raise ValueError(f"{path} does not exist; expected a folder that Policy.save_pretrained wrote")
-        load_tensors(dict(head.named_parameters()), load_file(str(path)), what="value head")
+        try:
+            state = load_file(str(path))
+        except Exception as error:  # of the library that reads safetensors, which has a class of its own
+            raise ValueError(f"{path} cannot be read ({error}); save the model again, or copy the file anew") from error
+        load_tensors(dict(head.named_parameters()), state, what="value head")

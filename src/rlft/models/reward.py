@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlft import _check
+from rlft._failpoint import instant
 from rlft.models import adapters, loading, modes
 from rlft.models.attention import DEVICES
 from rlft.models.layout import LayoutUsed, Rows, build_rows
@@ -126,7 +127,8 @@ class RewardScorer(TrainableModule):
         if adapters.is_peft(self.model):
             name = adapters.active_adapter(self.model)
             options |= {"selected_adapters": [name], "save_embedding_layers": False}
-        self.model.save_pretrained(str(directory), **options)
+        with instant("weights.write"):
+            self.model.save_pretrained(str(directory), **options)
 
 
 class ModelReward:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlft._files import make_dir, replace_file
 from rlft._redact import redact
 from rlft.metrics import LOG_NAME, read_metrics
 from rlft.report.curves import Rows, draw_groups, draw_run, series
@@ -58,8 +59,8 @@ def plot_curves(
     keys = _keys(rows for seeds in groups.values() for rows in seeds)
     chosen = per_key(present(PANELS, keys)) if panels is None else _chosen(panels, keys)
     out = Path(out_png)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(draw_groups(groups, chosen, title=title))
+    make_dir("report.mkdir", out.parent, exist_ok=True)
+    replace_file("report.picture", out, draw_groups(groups, chosen, title=title))
     return out
 
 
@@ -196,7 +197,7 @@ def write_report(
     folders = [Path(folder) for seeds in named.values() for folder in seeds]
     page = Path(out) if out is not None else folders[0] / "report.html"
     page = page / "report.html" if page.is_dir() or page.suffix != ".html" else page
-    page.parent.mkdir(parents=True, exist_ok=True)
+    make_dir("report.mkdir", page.parent, exist_ok=True)
     single = len(folders) == 1
     configs = {str(folder): _read_json(folder, "config.json") for folder in folders}
     heading = title or _heading(named, configs)
@@ -205,14 +206,14 @@ def write_report(
     parts.append(_tiles(only) if single else "<h2>How they ended</h2>" + comparison_table(named).html)
     parts.append(_remarks(groups))
     for section, folded, picture in _pictures(groups, single):
-        page.with_name(f"{page.stem}-{section.lower().replace(' ', '-')}.png").write_bytes(picture)
+        replace_file("report.picture", page.with_name(f"{page.stem}-{section.lower().replace(' ', '-')}.png"), picture)
         source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
         image = f'<img alt="{section} curves" src="{source}">'
         parts.append(
             f"<details><summary>{section}</summary>{image}</details>" if folded else f"<h2>{section}</h2>{image}"
         )
     if (picture := draw_shares(groups)) is not None and (shares := share_table(groups)) is not None:
-        page.with_name(f"{page.stem}-time.png").write_bytes(picture)
+        replace_file("report.picture", page.with_name(f"{page.stem}-time.png"), picture)
         source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
         parts.append(f'<h2>Where the time went</h2><img alt="time per phase" src="{source}">{shares.html}')
     if single:
@@ -220,7 +221,8 @@ def write_report(
     parts += _files(folders, configs)
     steps = max(row["step"] for seeds in groups.values() for rows in seeds for row in rows)
     what = f"{len(folders)} run{'s' * (not single)}, {steps:,} steps"
-    page.write_text(html_page(heading, what, "\n".join(parts)), encoding="utf-8")
+    # whole or not there: a run that was killed here is a finished one, and its next start writes what is missing
+    replace_file("report.page", page, html_page(heading, what, "\n".join(parts)).encode())
     return page
 
 

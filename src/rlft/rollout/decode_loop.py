@@ -88,7 +88,8 @@ class DecodeLoop:
         self.vocab = model.config.get_text_config(decoder=True).vocab_size
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.shared: SharedRows | None = None
-        if decode is not None and n >= _SHARED and can_share(device, model.dtype):
+        greedy = any(one.greedy for one in params)
+        if decode is not None and n >= _SHARED and can_share(device, model.dtype, greedy=greedy):
             self.shared = SharedRows(layers, self.slots, len(prompts))
         self.own = RowCache(layers, self.slots) if self.shared is None else self.shared.own
         self.cache = self.shared or self.own

@@ -182,7 +182,10 @@ class LlamaStep:
             if layer.qk_norm is not None:
                 qk = _rms_norm(qk, layer.qk_norm, self.eps)
             exchanged = qk.unflatten(-1, (2, size // 2)).flip(-2).flatten(-2)
-            qk = torch.addcmul(qk * cos, exchanged, sin)
+            if True:
+                qk = torch.addcmul(qk * cos, exchanged, sin)
+            else:  # rounded after each product, as the model's modules do: greedy rows then choose what they choose
+                qk = qk * cos + exchanged * sin
             q = qk[:, : self.heads].view(len(x), self.kv_heads, -1, size)  # the queries that share a key, together
             found = cache.attend(index, q, qk[:, self.heads :], qkv[:, turned:], scale=self.scale)
             x = x + layer.output(found.reshape(len(x), -1))

@@ -23,9 +23,15 @@ from rlft.rollout.row_cache import RowCache, padding_mask
 __all__ = ["SharedRows", "can_share"]
 
 
-def can_share(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a kernel that gives log-sum-exps for these."""
-    known = dtype in (torch.float32, torch.float64, torch.bfloat16)
+def can_share(device: torch.device, dtype: torch.dtype, *, greedy: bool = False) -> bool:
+    """Whether torch has a kernel that gives log-sum-exps for these.
+
+    Args:
+        device, dtype: of the model.
+        greedy: whether rows take the most probable token. In bfloat16 a row in two parts rounds otherwise than the whole
+            row of the model's own attention, which is seen wherever two tokens are equally probable but for rounding.
+    """
+    known = dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and not greedy)
     return device.type == "cpu" and known and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 

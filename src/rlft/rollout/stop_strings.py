@@ -7,6 +7,7 @@ token moves that state by all its bytes at once, which is tabulated for every st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ def _token_bytes(tokenizer: Any, vocab: int) -> list[bytes]:
 
 
 def _decoded(tokenizer: Any, rows: list[list[int]]) -> list[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "decode_batch"):  # what decode calls as well, without its cost for each of so many
         return backend.decode_batch(rows, skip_special_tokens=False)
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -136,6 +137,7 @@ def _pieces(token: str) -> bytes:
     return bytes([letters[letter] for letter in token]) if all(x in letters for x in token) else token.encode()
 
 
+@functools.cache
 def _byte_letters() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -291,9 +291,11 @@ def undo_for(optimizer: torch.optim.Optimizer, norm: float) -> Undo | None:
 
 def not_finite(module: nn.Module, accelerator: Any) -> str | None:
     """The name of a trained tensor that holds NaN or infinity, on any process; None when all are finite."""
-    trained = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
-    largest: Any = nn.utils.get_total_norm([p for _, p in trained], float("inf"))
-    largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest
+    trained: list[tuple[str, Any]] = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    # of sharded ones each process looks at its own part, which may be empty: that has no largest entry
+    trained = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained]
+    parts = [p for _, p in trained if p.numel()]
+    largest = nn.utils.get_total_norm(parts, float("inf")) if parts else torch.zeros((), device=accelerator.device)
     bad = (~torch.isfinite(largest)).float().reshape(1)
     if float(accelerator.reduce(bad, reduction="sum")) == 0:  # one process must not stop alone
         return None

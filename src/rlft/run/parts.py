@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("rlft")
+#: How :mod:`rlft.models` asks for trust.
+_PASS = "pass trust_remote_code=True"
 
 __all__ = [
     "accelerator_for",
     "adamw",
+    "check_trust",
     "critic_for",
     "freeze_unused_head",
     "judge_for",
@@ -191,7 +195,8 @@ def tokenizer_for(config: Config, given: Any, source: Any, rows: Any) -> Any:
         if not path:
             raise ConfigError("the tokenizer is missing; pass processing_class, or set tokenizer")
         name = path
-    return models.load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    with _trusting("policy"):
+        return models.load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trusts("policy"))
 
 
 def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any:
@@ -225,7 +230,8 @@ def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenize
     functions = []
     for spec in specs:
         if isinstance(spec, (str, Path)) and Path(spec).is_dir():
-            scorer = models.ModelReward(spec)
+            with _trusting("reward"):
+                scorer = models.ModelReward(spec, trust_remote_code=config.trusts("reward"))
             scorer.scorer.to(device)
             functions.append(scorer)
         else:
@@ -285,16 +291,17 @@ def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objecti
                   "bos_token_id": tokenizer.bos_token_id, **source}  # fmt: skip
     load = models.load_sequence_classifier if "scores" in objective.needs else models.load_causal_lm
     try:
-        return load(
-            source,
-            dtype=config.dtype,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=config.attn_implementation,
-            seed=config.seed,
-            load_in_4bit=config.load_in_4bit,
-            load_in_8bit=config.load_in_8bit,
-        )
+        with _trusting("policy"):
+            return load(
+                source,
+                dtype=config.dtype,
+                revision=config.model_revision,
+                trust_remote_code=config.trusts("policy"),
+                attn_implementation=config.attn_implementation,
+                seed=config.seed,
+                load_in_4bit=config.load_in_4bit,
+                load_in_8bit=config.load_in_8bit,
+            )
     except ImportError as error:
         if config.attn_implementation is None or config.load_in_4bit or config.load_in_8bit:
             raise
@@ -302,6 +309,40 @@ def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objecti
             f"attn_implementation={config.attn_implementation!r} cannot be used here: {str(error).rstrip('.')}; install it, or "
             f"drop attn_implementation"
         ) from error
+
+
+@contextlib.contextmanager
+def _trusting(model: str) -> Iterator[None]:
+    """What a folder that holds code of its own is refused with, in words of the setting that lets it run."""
+    try:
+        yield
+    except ValueError as error:
+        if _PASS not in str(error):
+            raise
+        raise ConfigError(str(error).replace(_PASS, f"set trust_remote_code: [{model}]")) from error
+
+
+def check_trust(
+    config: Config, objective: Objective, *, source: Any, tokenizer: Any, reference: Any, specs: list[Any]
+) -> None:
+    """Refuse ``trust_remote_code`` for a model that is not loaded from a folder or a hub.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    from_files = {
+        "policy": isinstance(source, (str, Path))
+        or (not isinstance(tokenizer, Mapping) and not hasattr(tokenizer, "encode")),
+        "reference": isinstance(reference, (str, Path)) and objective.needs_reference,
+        "critic": config.critic not in (None, "shared") and objective.needs_critic,
+        "reward": any(isinstance(spec, (str, Path)) and Path(spec).is_dir() for spec in specs),
+    }
+    for model, loaded in from_files.items():
+        if config.trusts(model) and not loaded:
+            raise ConfigError(
+                f"trust_remote_code={config.trust_remote_code!r} does nothing for the {model}: none is loaded from a folder or "
+                f"a hub; drop it"
+            )
 
 
 def lora_settings(config: Config, given: Any) -> Any:
@@ -322,9 +363,11 @@ def reference_for(config: Config, given: Any, objective: Objective) -> Any:
         return "copy" if config.sync_ref_model else "auto"
     from rlft.models import load_causal_lm
 
-    return (
-        load_causal_lm(target, dtype=config.dtype).requires_grad_(False) if isinstance(target, (str, Path)) else target
-    )
+    if not isinstance(target, (str, Path)):
+        return target
+    with _trusting("reference"):
+        trusted = config.trusts("reference")
+        return load_causal_lm(target, dtype=config.dtype, trust_remote_code=trusted).requires_grad_(False)
 
 
 def critic_for(config: Config, objective: Objective) -> Any:
@@ -334,7 +377,8 @@ def critic_for(config: Config, objective: Objective) -> Any:
         return "shared"
     from rlft.models import load_causal_lm
 
-    return load_causal_lm(config.critic, dtype=config.dtype)
+    with _trusting("critic"):
+        return load_causal_lm(config.critic, dtype=config.dtype, trust_remote_code=config.trusts("critic"))
 
 
 def freeze_unused_head(model: Any, objective: Objective) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft._files import hash_file, move, remove_file, replace_file
+from rlft._files import hash_file, make_dir, move, remove_file, replace_file
 from rlft.checkpoint._tensorfile import read_tensors, tensor_bytes, write_tensors
 from rlft.run import display
 from rlft.types import Batch
@@ -241,14 +241,15 @@ def _read(place: Path, stem: str, tokens: int) -> Tensor | None:
 def _write(place: Path, stem: str, flat: Tensor, facts: dict[str, Any]) -> None:
     """Values first, then the record that names them. A disk that refuses costs the cache, not the run."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        make_dir("ref_cache.mkdir", place, exist_ok=True)
         work = place / f".tmp-{uuid.uuid4().hex}"
         try:
             written = write_tensors(work, {"ref_logps": flat})
             file = f"{stem}-{written.sha256[:12]}.safetensors"  # another run's values never stand under this record
             move("ref_cache.rename", work, place / file)
         finally:
-            work.unlink(missing_ok=True)
+            if work.exists():
+                remove_file("ref_cache.discard", work)
         record = {"file": file, "sha256": written.sha256, "facts": facts}
         replace_file("ref_cache", place / f"{stem}.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:

@@ -52,4 +52,5 @@ def facts(report: Any) -> dict[str, Any]:
 
 
 def _own(trainer: Trainer) -> DataReport | None:
-    return trainer.source.order.stream.report if trainer.config.streaming else None
+    source: Any = trainer.source
+    return source.order.stream.report if trainer.config.streaming else None

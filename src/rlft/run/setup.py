@@ -19,6 +19,7 @@ from rlft.run.checks import check_data, check_held_out, check_settings, check_to
 from rlft.run.parts import (
     accelerator_for,
     adamw,
+    check_trust,
     critic_for,
     freeze_unused_head,
     judge_for,
@@ -146,6 +147,14 @@ def build(
     with meeting.together(accelerator, ValueError):
         if source is None:
             raise ConfigError("model is missing; give a hub id, a local folder, a config mapping or a module")
+        check_trust(
+            config,
+            objective,
+            source=source,
+            tokenizer=tokenizer if tokenizer is not None else config.tokenizer,
+            reference=ref_model if ref_model is not None else config.ref_model,
+            specs=specs,
+        )
         train_rows, eval_rows, texts = load_data(config, train_dataset, eval_dataset)
         tokenizer = tokenizer_for(config, tokenizer, source, texts)
         check_tokens(config, tokenizer)

@@ -117,15 +117,16 @@ def rehearse(trainer: Trainer) -> str | None:
         CheckpointError: when it could not be written or does not verify.
     """
     scratch = trainer.run_dir / f".tmp-0-{'0' * 32}"  # a name that the next start clears, should this one be killed
-    with within("dry"):
-        try:
+    try:
+        with within("dry"):
             written = _write(trainer, light(trainer), scratch, None)
-            found = checkpoint.load(written, rank=trainer.rank).tensors["trainable"]
-            live = trainer.policy.trainable_state()
-            return next((name for name, value in live.items() if not torch.equal(found[name], value)), None)
-        finally:
-            trainer.accelerator.wait_for_everyone()
-            if trainer.is_main and scratch.exists():
+        found = checkpoint.load(written, rank=trainer.rank).tensors["trainable"]
+        live = trainer.policy.trainable_state()
+        return next((name for name, value in live.items() if not torch.equal(found[name], value)), None)
+    finally:
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_main and scratch.exists():
+            with instant("rehearsal.remove"):
                 shutil.rmtree(scratch, ignore_errors=True)  # the next start clears what a kill leaves
 
 
@@ -185,8 +186,8 @@ def write_model(trainer: Trainer, folder: Path, whole: dict[str, Tensor] | None)
         folder: made where it is missing.
         whole: what :func:`_whole` gave.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with display.quiet_transformers():
+    with instant("model.write"), display.quiet_transformers():
+        folder.mkdir(parents=True, exist_ok=True)
         trainer.policy.save_pretrained(folder, **({} if whole is None else {"whole": whole}))
         trainer.tokenizer.save_pretrained(folder)
 
@@ -235,7 +236,8 @@ def export(trainer: Trainer, *, again: bool = True) -> None:
             if old.exists():
                 remove_tree("export.old", old)
     except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        with instant("export.discard"):
+            shutil.rmtree(fresh, ignore_errors=True)
         needed = _exported_bytes(trainer)
         raise TrainingError(
             f"the trained model was not written to {final}: {disk_trouble(error, trainer.run_dir, needed) or error}; the "
@@ -245,7 +247,13 @@ def export(trainer: Trainer, *, again: bool = True) -> None:
     if trainer.config.report and (again or not report.exists()):
         from rlft.report import write_report
 
-        write_report(trainer.run_dir, report)
+        try:
+            write_report(trainer.run_dir, report)
+        except OSError as error:
+            raise TrainingError(
+                f"the report was not written to {report}: {disk_trouble(error, trainer.run_dir, 2**20) or error}; the model is "
+                f"in {final}: the same command, or `rlft report {trainer.run_dir}`, writes the report again"
+            ) from error
 
 
 def _same_files(one: Path, two: Path) -> bool:
