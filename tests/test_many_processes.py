@@ -36,11 +36,21 @@ def test_processes_and_micro_batches_give_one_gradient(
         n: load_file(folder / f"{case}-{n}.safetensors") for n in many.ACCUMULATIONS if many.STEP % (processes * n) == 0
     }
     assert len(found) == (3 if processes == 3 else 2)
+    for name, value in job.trainables(alone).items():
+        assert not torch.equal(value, start[name]) or "embed" in name
     for accumulation, weights in found.items():
-        for name, value in job.trainables(alone).items():
-            assert not torch.equal(value, start[name]) or "embed" in name
-            worst = (weights[name] - value).abs().max().item()
-            assert worst <= 1e-12, f"{processes} processes, {accumulation} micro-batches, {name}: {worst:.3g}"
+        held(f"{case}, {processes} processes, {accumulation} micro-batches", weights, job.trainables(alone))
+    if processes == 2:  # once
+        for accumulation in (2, 4):
+            weights = job.trainables(many.two_steps(tmp_path / "one", case, 1, accumulation))
+            held(f"{case}, 1 process, {accumulation} micro-batches", weights, job.trainables(alone))
+
+
+def held(label: str, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The weights are the expected ones; `pytest -s` shows how far apart they are."""
+    worst = max((weights[name] - value).abs().max().item() for name, value in expected.items())
+    print(f"largest difference {worst:.2e}: {label}")
+    assert worst <= 1e-12, f"{label}: {worst:.3g}"
 
 
 def test_the_last_step_is_uneven() -> None:

@@ -155,5 +155,8 @@ def test_the_launcher_shows_what_is_wrong(tmp_path: Path) -> None:
         "max_completion_length=4", f"output_dir={tmp_path / 'd'}",
     )  # fmt: skip
     assert code != 0
-    assert "rlft: reward function 'own' raised OSError: gone at step 1, for row 0, found by scoring rows one by one" in said
+    assert (
+        "rlft: reward function 'own' raised OSError: gone at step 1, for row 0, found by scoring rows one by one"
+        in said
+    )
     assert (tmp_path / "d" / "checkpoint-0").is_dir(), "both processes save before they leave"

@@ -248,9 +248,13 @@ def test_rows_that_changed_before_the_place_are_noticed_by_workers(char: Any, he
         changed = rows(9)
         changed[3] = {"prompt": "p3", "completion": "other"}
         other = opened(changed, char, workers, block=2)
-        with pytest.raises(ValueError, match="the first 5 rows of epoch 1 are not those that were trained on"):
+
+        def go_on(other: TokenStream = other, state: Any = state) -> None:
             other.load_state_dict(state)
             next(other)
+
+        with pytest.raises(ValueError, match="the first 5 rows of epoch 1 are not those that were trained on"):
+            go_on()
         other.close()
 
 

@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from rlft.models import attention
 from rlft.models.attention import GroupMask
+from rlft.rollout import step_graphs
 from tests.models.cuda_standins import standins
+from tests.rollout.recorded import Recorder
 
 __all__ = ["CUDA", "pretend_cuda"]
 
@@ -195,6 +197,7 @@ def pretend_cuda() -> Iterator[Tags]:
         for name, function in functions.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         stack.enter_context(standins())
+        stack.enter_context(mock.patch.object(step_graphs, "CudaCapture", Recorder))
         answers, engine = _Answers(tags), torch.autograd._engine_run_backward
 
         def run_backward(*args: Any, **kwargs: Any) -> Any:

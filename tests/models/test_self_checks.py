@@ -168,6 +168,25 @@ def test_an_unknown_factor_of_the_logits_is_found(factor: float, dtype: torch.dt
     assert policy._scorer.path == "logits"
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_an_unknown_bias_of_one_token_is_found(dtype: torch.dtype) -> None:
+    """Much smaller than the logits are long; seen because every entry is held to the model's own."""
+    model = tiny_llama().to(dtype)
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        bias = torch.zeros(out.logits.shape[-1])
+        bias[7] = 1e-3
+        out.logits = out.logits.float() + bias
+        return out
+
+    model.forward = shifted
+    policy = Policy(model, reference="none", layout="padded")
+    (message,) = warned(policy)
+    assert "hidden states times head differ from the model's own logits" in message
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_fault_of_half_precision_alone_is_found(autocast: bool) -> None:
     """What the view cannot see: the layout is compared as it is used, too."""

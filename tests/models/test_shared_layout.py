@@ -367,14 +367,14 @@ def test_a_model_of_its_own_kind_is_found_out_on_first_use(how: str) -> None:
         forced(data, want=LOGPS)
 
 
-def test_dropout_keeps_the_padded_layout() -> None:
+def test_dropout_shares_nothing() -> None:
     data = group(4)
     policy = Policy(tiny_llama(attention_dropout=0.1), reference="none", dropout=True)
     calls = Calls(policy, data)
     policy(data, want=LOGPS)
     with torch.no_grad():
         policy(data, want=LOGPS)
-    assert [shape[0] for shape in calls.widths] == [8, 1]  # no dropout without gradient
+    assert [shape[0] for shape in calls.widths] == [8, 1]  # no dropout without gradient; equal rows are not packed
     with pytest.raises(ValueError, match="layout='shared' has no dropout"):
         Policy(tiny_llama(), reference="none", dropout=True, layout="shared")(data, want=LOGPS)
 
@@ -390,7 +390,7 @@ def test_a_mask_without_storage_refuses_everything_else() -> None:
         with pytest.raises(TypeError):
             use()
     q = torch.randn(1, 2, 24, 8)
-    with pytest.raises(TypeError, match="no attention dropout"):
+    with pytest.raises(ValueError, match=r"shared prompt has no attention dropout, got 0\.1"):
         torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask, dropout_p=0.1)
     with pytest.raises(ValueError, match="expected one packed row of 24 tokens"):
         torch.nn.functional.scaled_dot_product_attention(q[:, :, :5], q, q, attn_mask=mask)

@@ -168,7 +168,8 @@ def digest(folder: Path, step: int | None = None) -> dict[str, str]:
             record = {
                 key: value
                 for key, value in record.items()
-                if key not in ("output_dir", "resume", "ref_cache_dir", "dataloader_num_workers")
+                if key
+                not in ("output_dir", "resume", "ref_cache_dir", "dataloader_num_workers", "report", "self_checks")
             }
         parts[f"records/{stem}"] = hashlib.sha256(canonical(record)).hexdigest()
     if step is None:

@@ -269,7 +269,8 @@ def test_41_a_hang_ends_at_the_limit():
     for funcs, name in (([hangs], "hangs"), ([quick, hangs_async], "hangs_async"), ([blocks], "blocks")):
         start = time.monotonic()
         with pytest.raises(
-            RewardError, match=rf"'{name}' did not return within 0.2 s at step 6, for rows 0 to 2; raise the reward timeout"
+            RewardError,
+            match=rf"'{name}' did not return within 0.2 s at step 6, for rows 0 to 2; raise the reward timeout",
         ):
             score(RewardSet(funcs, timeout=0.2), state=SimpleNamespace(global_step=5))
         assert time.monotonic() - start < 3
@@ -422,7 +423,9 @@ def test_a_set_inside_a_reward_keeps_its_own_limit_and_that_of_the_outer_one():
     def around(prompts, completions, completion_ids, **_):
         return quick(prompts, completions, completion_ids).rewards.tolist()
 
-    with pytest.raises(RewardError, match=r"'around' raised RewardError: reward function 'slow' did not return within 0.2"):
+    with pytest.raises(
+        RewardError, match=r"'around' raised RewardError: reward function 'slow' did not return within 0.2"
+    ):
         score(RewardSet(around, timeout=10.0))
     assert time.monotonic() - start < 8
 
@@ -456,7 +459,9 @@ def test_the_row_that_raises_is_found(kind):
 
     func = judge if kind == "plain" else judge_async
     columns = {"note": ["x", "y", "z"]}
-    with pytest.raises(RewardError, match=r"at step 5, for row 1, found by scoring rows one by one; return None") as caught:
+    with pytest.raises(
+        RewardError, match=r"at step 5, for row 1, found by scoring rows one by one; return None"
+    ) as caught:
         score(RewardSet(func, timeout=5.0), columns=columns, state=SimpleNamespace(global_step=4))
     assert (caught.value.row, caught.value.step) == (1, 5)
 

@@ -83,7 +83,15 @@ def _prepare_more(folder: Path, settings: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, critic in (("shared", "shared"), ("own", str(folder / "run" / "model"))):
         assert cli.main(["train", str(written(name, objective="ppo", critic=critic, **sampled))]) == 0
-    path = written("online", objective="agro_off_policy", beta=0.1, num_iterations=2, replay_probability=0.5, max_steps=4, **sampled)
+    path = written(
+        "online",
+        objective="agro_off_policy",
+        beta=0.1,
+        num_iterations=2,
+        replay_probability=0.5,
+        max_steps=4,
+        **sampled,
+    )
 
     def stop(event: str, t: Trainer, values: Any) -> None:
         if event == "step" and t.step == 3:

@@ -91,9 +91,9 @@ def slow(t: Trainer, place: str, begin: Callable[[], None]) -> None:
     if place in ("sampling", "evaluation"):
         t.sampler.sample = slow_sample
     elif place == "offline evaluation":
-        t.forward = slow_forward
+        t.forward = slow_forward  # pyright: ignore[reportAttributeAccessIssue]
     elif place == "micro-batches":
-        t.compute_loss = slow_loss
+        t.compute_loss = slow_loss  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def bits(t: Trainer) -> str:

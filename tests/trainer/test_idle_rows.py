@@ -198,6 +198,20 @@ def test_rows_of_advantage_zero_are_in_no_pass_at_all(
     assert ends[0][1]["loss"] == pytest.approx(ends[1][1]["loss"], abs=1e-12)
 
 
+def test_the_sampler_is_compared_on_every_row_before_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(monkeypatch)
+    monkeypatch.setattr("tests.trainer.common.varied", flat)
+    t = run(
+        tmp_path, "grpo", beta=0.0, num_iterations=2, per_device_train_batch_size=16, max_steps=2, sampler_check_steps=0,
+        self_checks={"reference": False, "padding": False},
+    )  # fmt: skip
+    t.train()
+    assert t.sampler_agrees is True
+    assert passes.rows == {True: 8, False: 16}
+
+
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
@@ -236,15 +250,25 @@ def test_missing_advantages_are_said_to_be_missing(tmp_path: Path) -> None:
 
 def test_a_generation_without_any_advantage_is_one_small_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
+    given: list[Tensor | None] = []
+    original = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer,
+        "compute_loss",
+        lambda self, batch, counts: given.append(batch.old_logps) or original(self, batch, counts),
+    )
 
     def constant(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [0.5] * len(completion_ids)
 
     end, values = one_step(tmp_path, recipes.build("grpo", beta=0.0), PROMPTS, kind=Trainer, rewards=constant,
-                           num_iterations=2, max_steps=2)  # fmt: skip
+                           steps_per_generation=2, max_steps=2)  # fmt: skip
     assert passes.rows == {True: 2, False: 1}
     assert values["frac_rows_dropped"] == 1.0
     assert values["grad_norm"] == 0.0
+    assert values["entropy"] > 0.1
+    # one row of the generation was scored; of the other step's, a ratio to zeros would be measured
+    assert sorted(logps is None for logps in given) == [False, True]
     for name, value in tiny_llama(dtype=torch.float64).state_dict().items():
         assert torch.equal(end[f"model.{name}"], value)
 

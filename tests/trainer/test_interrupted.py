@@ -272,7 +272,7 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     """A finished run does not look into a report that is there, so half a one would stay."""
     monkeypatch.setenv("RLFT_FAILPOINT", "report.page.write.after:1:oserror:ENOSPC")
     with pytest.raises(
-        TrainingError, match=r"report was not written to .*report\.html: No space .*`rlft report .*` writes"
+        TrainingError, match=r"report was not written to .*report\.html: No space .*`rlft report .*`, writes"
     ):
         run(tmp_path, report=True).train()
     assert not (tmp_path / "report.html").exists()

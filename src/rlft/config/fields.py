@@ -253,8 +253,8 @@ class Config:
     per_device_eval_batch_size: int = _doc("The same in evaluation.", 8, group="steps", free=True)
     gradient_accumulation_steps: int = _doc("Micro-batches per optimizer step.", 1, group="steps")
     max_tokens_per_micro_batch: int | None = _doc(
-        "Most tokens (rows x longest row) of any pass, with gradient or without; groups stay whole where the loss "
-        "compares their rows.",
+        "Most tokens (rows x longest row) of any pass, with gradient or without; a group whose rows the loss compares stays "
+        "whole.",
         None,
         group="steps",
     )

@@ -209,6 +209,26 @@ class GroupMask(torch.Tensor):
 _READ = {"__get__", "size", "dim", "get_device", "is_floating_point", "is_complex", "numel", "__len__", "__hash__"}
 
 
+def _dropped(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rate: float, scale: float | None) -> Tensor:
+    """Attention with dropout by torch's own, one call for segments of similar length.
+
+    The two parts of an answer that shares a prompt cannot be merged: what is dropped in one is not known in the other.
+    """
+    if segments.grouped:
+        raise NoKernelError(f"a shared prompt has no attention dropout, got {rate:g}; use layout='padded'")
+    out = q.new_zeros(q.shape[2] + 1, q.shape[1], v.shape[-1])
+    for block in segments.own_blocks:
+        found = torch.nn.functional.scaled_dot_product_attention(
+            *(block.take(x[0].transpose(0, 1)) for x in (q, k, v)),
+            dropout_p=rate,
+            is_causal=True,
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        out = block.replaced(out.to(found.dtype), found)
+    return out[:-1].transpose(0, 1)[None]
+
+
 def _answer(
     query: Tensor,
     key: Tensor,
@@ -219,6 +239,8 @@ def _answer(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if not isinstance(attn_mask, GroupMask) or dropout_p > 0.0 or is_causal:
-        raise TypeError("a shared prompt has no attention dropout, and its mask stands alone; use layout='padded'")
+    if not isinstance(attn_mask, GroupMask) or is_causal:
+        raise TypeError("the mask of a packed row stands alone, as it is; use layout='padded'")
+    if dropout_p > 0.0:
+        return _dropped(query, key, value, attn_mask.segments, dropout_p, scale)
     return attend(query, key, value, attn_mask.segments, scale=scale)

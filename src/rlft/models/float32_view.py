@@ -28,6 +28,8 @@ HALF = (torch.bfloat16, torch.float16)
 _EXACT_BOUND = 4096 * torch.finfo(torch.float32).eps
 # CUDA's attention may round float32 to TF32, 13 bits fewer, whatever is set for products.
 _TF32_BOUND = 4e-3
+# One product after the same states, in the same order of summation or another.
+_ENTRY_BOUND = 32 * torch.finfo(torch.float32).eps
 # Where float32 cannot be had: twice what twelve layers of bfloat16 do to a right way.
 _HALF_BOUND = 0.1
 _TINY = 1e-30
@@ -39,7 +41,12 @@ _READ = {"size", "dim", "numel", "stride", "is_floating_point", "is_complex", "i
 
 
 def difference(
-    model: nn.Module, compute: Callable[[], tuple[Tensor, Tensor]], *, device: torch.device, layers: int
+    model: nn.Module,
+    compute: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    layers: int,
+    entrywise: bool = False,
 ) -> float | None:
     """How far a second way to compute a model is from the model's own; None where it is rounding.
 
@@ -48,9 +55,10 @@ def difference(
         compute: ``[..., D]`` by the model, and ``[..., D]`` by the second way; called up to twice, and must give the same.
         device: of the model.
         layers: through which rounding grows.
+        entrywise: both ways start from the same states, so each entry must agree, and to the last digits.
 
     Returns:
-        The largest error of a vector, as a share of its length.
+        The largest error of a vector, as a share of its length; ``entrywise`` of an entry, as a share of the largest.
 
     Raises:
         Exception: whatever ``compute`` raises as the model is used.
@@ -74,8 +82,9 @@ def difference(
         assert pair is not None
         worst, eps = _worst(*pair), torch.finfo(half or pair[1].dtype).eps
         return None if worst <= min(_HALF_BOUND, 6 * eps * math.sqrt(layers)) else worst
-    worst = _worst(*exact)
-    if not worst <= (_EXACT_BOUND if device.type == "cpu" else _TF32_BOUND):
+    worst = _worst_entry(*exact) if entrywise else _worst(*exact)
+    bound = _ENTRY_BOUND if entrywise else _EXACT_BOUND if device.type == "cpu" else _TF32_BOUND
+    if not worst <= bound:
         return worst
     if used is None or half is None:
         return None
@@ -95,6 +104,11 @@ def _worst(truth: Tensor, mine: Tensor) -> float:
     """The largest error of a vector, as a share of its length."""
     truth, mine = truth.double(), mine.double()
     return float(((mine - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=_TINY)).max())
+
+
+def _worst_entry(truth: Tensor, mine: Tensor) -> float:
+    """The largest error of an entry, as a share of the largest entry (of 1, where all are smaller)."""
+    return float((mine.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1.0))
 
 
 def can_widen(model: nn.Module) -> bool:

@@ -207,14 +207,14 @@ class Policy(TrainableModule):
         return want
 
     def _shared(self, batch: Batch, scored: Tensor | None = None) -> SharedRows | None:
-        """The batch with each prompt once, where that may be used and pays; ``scored`` as of :func:`build_shared`."""
+        """The batch in one packed row where that may be used and pays; ``scored`` as of :func:`build_shared`."""
         scorers = (self._scorer, self._reference.scorer(self._scorer))
         if self.layout == "padded" or (self.layout == "auto" and all(s.not_shared is not None for s in scorers)):
             return None
         if self.dropout and self.training and torch.is_grad_enabled():
             if self.layout == "shared":
                 raise ValueError("layout='shared' has no dropout: a prompt would share its noise; use layout='auto'")
-            return None
+            return build_shared(batch, at_least=PAYS, scored=scored, repeat_prompts=True)
         return build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0, scored=scored)
 
     def _score(

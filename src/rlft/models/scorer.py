@@ -265,7 +265,8 @@ class CausalScorer:
         def compute() -> tuple[Tensor, Tensor]:
             return self._full_logits(probe), head(self._hidden(probe))
 
-        return difference(self.model, compute, device=probe.input_ids.device, layers=1) is None
+        device = probe.input_ids.device
+        return difference(self.model, compute, device=device, layers=1, entrywise=True) is None
 
     def _by_matrix(self, states: Tensor) -> Tensor:
         head = self.matrix_head()

@@ -60,6 +60,13 @@ class Block:
             picked = picked.index_fill_(0, self.padding, NEVER)
         return self._sequences(picked).contiguous()
 
+    def replaced(self, x: Tensor, y: Tensor) -> Tensor:
+        """``[N + 1, H, ...]`` with ``[count, H, width, ...]`` in its place; differentiable."""
+        if self.start is None:
+            assert self.target is not None
+            return x.index_copy(0, self.target, self._rows(y))
+        return x.slice_scatter(self._rows(y), 0, self.start, self.start + self.count * self.width)
+
     def put(self, x: Tensor, y: Tensor) -> None:
         """Write ``[count, H, width, ...]`` into ``[N + 1, H, ...]``."""
         if self.start is not None:
@@ -159,11 +166,13 @@ class Segments:
 
     Attributes:
         tokens: length of the row.
+        grouped: whether any segment attends to another one, its prompt.
     """
 
     def __init__(self, pieces: Sequence[Piece], groups: Sequence[tuple[Piece, Piece]], device: torch.device) -> None:
         self._pieces, self._groups, self._device = list(pieces), list(groups), device
         self.tokens = sum(length for _, length in pieces)
+        self.grouped = bool(groups)
 
     # -- padded blocks --------------------------------------------------------------------------------------------
     @functools.cached_property

@@ -21,7 +21,7 @@ PAYS = 1.15
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """One packed row: each prompt once, then the completions of its group.
+    """One packed row: each prompt once, then the completions of its group (or a prompt before each completion).
 
     A completion's last token is left out where only log-probs are wanted: nothing that is scored depends on it.
 
@@ -59,7 +59,12 @@ class SharedRows:
 
 
 def build_shared(
-    batch: Batch, *, at_least: float = 0.0, keep_last: bool = False, scored: Bool[Tensor, "B T"] | None = None
+    batch: Batch,
+    *,
+    at_least: float = 0.0,
+    keep_last: bool = False,
+    scored: Bool[Tensor, "B T"] | None = None,
+    repeat_prompts: bool = False,
 ) -> SharedRows | None:
     """Lay a batch out as one packed row.
 
@@ -70,12 +75,20 @@ def build_shared(
         at_least: the least ratio of token counts that pays.
         keep_last: lay out every token, and rows without a completion too: for a score at each row's end.
         scored: as of :func:`rlft.models.layout.build_rows`.
+        repeat_prompts: give each completion a prompt of its own, so that nothing is saved but padding: with dropout,
+            whose noise completions must not share.
 
     Returns:
         The row; None when nothing is scored, or when the ratio is lower.
     """
     if batch.num_rows == 0:
         return None
+    if repeat_prompts:
+        groups_of_one = torch.arange(batch.num_rows, device=batch.device)
+        owner = batch.group_ids.long()  # an index of bytes would be read as a mask
+        batch = batch.replace(
+            prompt_ids=batch.prompt_ids[owner], prompt_mask=batch.prompt_mask[owner], group_ids=groups_of_one
+        )
     prompt_lengths: list[int] = batch.prompt_mask.sum(-1).tolist()
     lengths: list[int] = batch.completion_mask.sum(-1).tolist()
     group_ids: list[int] = batch.group_ids.tolist()

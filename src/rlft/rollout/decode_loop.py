@@ -19,6 +19,7 @@ from rlft.rollout.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from rlft.rollout.llama_step import LlamaStep
+    from rlft.rollout.step_graphs import Capture, StepGraphs
 
 __all__ = ["DecodeLoop", "fitted"]
 
@@ -60,6 +61,7 @@ class DecodeLoop:
         pad_id: any id; it fills prompts on the left and is masked.
         strings: has the tables of stop strings.
         decode: scores the next token of live rows; default: the model's forward does.
+        capture: records steps of ``decode`` as graphs (:class:`rlft.rollout.step_graphs.CudaCapture`); default: none are.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class DecodeLoop:
         pad_id: int,
         strings: StopStrings,
         decode: LlamaStep | None = None,
+        capture: Capture | None = None,
     ) -> None:
         from rlft.rollout.row_cache import RowCache
         from rlft.rollout.shared_rows import SharedRows, can_share
+        from rlft.rollout.step_graphs import StepGraphs
 
         self.model, self.prompts, self.n, self.pad_id = model, prompts, n, pad_id
         self.max_prefill_tokens, self.decode = max_prefill_tokens, decode
@@ -93,6 +97,9 @@ class DecodeLoop:
             self.shared = SharedRows(layers, self.slots, len(prompts))
         self.own = RowCache(layers, self.slots) if self.shared is None else self.shared.own
         self.cache = self.shared or self.own
+        self.graphs: StepGraphs | None = None
+        if capture is not None and decode is not None and self.shared is None:
+            self.graphs = StepGraphs(decode, self.own, capture, device=device)
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.settings = RowSettings(params, n, end_ids=end_ids, vocab=self.vocab, device=device, strings=strings)
         self.chooser: Chooser | None = None  # of the live rows, while they stay where they are
@@ -232,6 +239,9 @@ class DecodeLoop:
         if self.decode is not None:
             start = self.start[: self.live]
             positions = self.before[: self.live] + self.cache.columns - start
+            if self.graphs is not None:
+                self._choose(0, self.graphs(self.token[: self.live], positions, start).float())
+                return
             self.cache.open(start)
             self._choose(0, self.decode(self.token[: self.live], positions, self.cache).float())
             return

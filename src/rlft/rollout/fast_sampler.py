@@ -6,7 +6,9 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
@@ -18,6 +20,7 @@ from rlft.rollout.weights import merged_adapters
 
 if TYPE_CHECKING:
     from rlft.rollout.llama_step import LlamaStep
+    from rlft.rollout.step_graphs import Capture
 
 __all__ = ["FastSampler", "unsupported"]
 
@@ -70,15 +73,19 @@ class FastSampler(Sampler):
             The weights are bit for bit the same afterwards.
         own_step: Llama, Mistral, Qwen2 and Qwen3 models decode by :class:`rlft.rollout.llama_step.LlamaStep`, whose
             logits are compared with the model's own on first use; False: every model by its modules.
+        cuda_graphs: such steps are recorded as CUDA graphs and replayed (:mod:`rlft.rollout.step_graphs`): no time between
+            kernels, which is most of a small model's step. ``"auto"``: on CUDA. The first replays are compared with the
+            step itself; after a failure there is one warning, and no graph any more.
         copy_limit_mb: weights of that step are held twice, fused and in the order in which the processor reads them
             fastest, if they take at most so much memory; those beyond are used where they are.
 
     Attributes:
         not_own_step: why the last call decoded by the model's modules; None where it did not.
+        not_graphed: why the last call replayed no CUDA graphs; None where it could.
 
     Raises:
         ValueError: for a model whose cache is not made of rows of keys and values (state-space layers,
-            encoder-decoders, ...), with the reason; use ``TransformersSampler`` for those.
+            encoder-decoders, ...), with the reason; use ``TransformersSampler`` for those. For ``cuda_graphs=True`` where it would do nothing.
     """
 
     reads_live_weights = True  # its log-probs are the model's own, up to rounding
@@ -92,6 +99,7 @@ class FastSampler(Sampler):
         max_prefill_tokens: int = 8192,
         merge_limit_mb: float = 1024,
         own_step: bool = True,
+        cuda_graphs: Literal["auto"] | bool = "auto",
         copy_limit_mb: float = 2048,
     ) -> None:
         _check.number("max_batch", max_batch, low=1)
@@ -101,6 +109,18 @@ class FastSampler(Sampler):
         reason = unsupported(model)
         if reason:
             raise ValueError(f"the built-in sampler cannot run this model: {reason}; use the 'transformers' sampler")
+        if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
+            raise ValueError(f"cuda_graphs must be 'auto', True or False, got {cuda_graphs!r}")
+        device = generating_model(model).device
+        if cuda_graphs is True and (device.type != "cuda" or not own_step):
+            why = f"the model is on {device}" if own_step else "own_step=False"
+            raise ValueError(
+                f"cuda_graphs=True would do nothing: {why}, and graphs are made of the sampler's own step on CUDA; "
+                f"leave it at 'auto'"
+            )
+        self.cuda_graphs: Literal["auto"] | bool = cuda_graphs
+        self.not_graphed: str | None = None
+        self._graphs_failed: str | None = None
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_prefill_tokens = int(max_batch), int(max_prefill_tokens)
         self.merge_limit_mb, self.copy_limit_mb = merge_limit_mb, copy_limit_mb
@@ -129,6 +149,7 @@ class FastSampler(Sampler):
         check_context(model, prompts, [request.max_new_tokens for request in requests])
         longest = max(len(ids) + request.max_new_tokens for ids, request in zip(prompts, requests, strict=True))
         with sampling_mode(self.model), merged_adapters(model, max_bytes=int(self.merge_limit_mb * 2**20)):
+            decode = self._decode_step(model, prompts, rows=len(prompts) * n, longest=longest)
             loop = DecodeLoop(
                 model,
                 prompts,
@@ -140,9 +161,27 @@ class FastSampler(Sampler):
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
                 strings=self.strings,
-                decode=self._decode_step(model, prompts, rows=len(prompts) * n, longest=longest),
+                decode=decode,
+                capture=self._capture(model.device, decode),
             )
-            return loop.run(weight_version, poll)
+            rollout = loop.run(weight_version, poll)
+        if loop.graphs is not None and loop.graphs.failed is not None:
+            self.not_graphed = self._graphs_failed = loop.graphs.failed
+        return rollout
+
+    def _capture(self, device: torch.device, decode: LlamaStep | None) -> Capture | None:
+        """What records the steps of this call; None where they are launched one kernel after the other."""
+        from rlft.rollout.step_graphs import CudaCapture
+
+        if not self.cuda_graphs:
+            self.not_graphed = "cuda_graphs=False"
+        elif device.type != "cuda":
+            self.not_graphed = f"the model is on {device}"
+        elif decode is None:
+            self.not_graphed = f"decodes by the model's modules: {self.not_own_step}"
+        else:
+            self.not_graphed = self._graphs_failed
+        return CudaCapture(device) if self.not_graphed is None else None
 
     def _decode_step(self, model: Any, prompts: list[list[int]], *, rows: int, longest: int) -> LlamaStep | None:
         """The step that this call decodes with, over the weights of this moment; None for the model's own forward."""

@@ -21,7 +21,7 @@ from rlft.models.float32_view import difference
 from rlft.ops import gemm
 from rlft.rollout.llama_structure import plain
 from rlft.rollout.prompt_rows import PromptRows
-from rlft.rollout.row_cache import RowCache
+from rlft.rollout.row_cache import FixedRows, RowCache
 from rlft.rollout.shared_rows import SharedRows, can_share
 
 __all__ = ["LlamaStep", "disagreement"]
@@ -155,7 +155,7 @@ class LlamaStep:
         self,
         tokens: Int[Tensor, " N"],
         positions: Int[Tensor, " N"],
-        cache: RowCache | SharedRows | PromptRows,
+        cache: RowCache | FixedRows | SharedRows | PromptRows,
         *,
         last: Int[Tensor, " P"] | None = None,
     ) -> Float[Tensor, "P V"]:
@@ -182,7 +182,7 @@ class LlamaStep:
             if layer.qk_norm is not None:
                 qk = _rms_norm(qk, layer.qk_norm, self.eps)
             exchanged = qk.unflatten(-1, (2, size // 2)).flip(-2).flatten(-2)
-            if True:
+            if x.dtype.itemsize > 2:
                 qk = torch.addcmul(qk * cos, exchanged, sin)
             else:  # rounded after each product, as the model's modules do: greedy rows then choose what they choose
                 qk = qk * cos + exchanged * sin

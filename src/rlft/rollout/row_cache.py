@@ -8,6 +8,7 @@ free slot: neither moves the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["RowCache", "padding_mask"]
+__all__ = ["FixedRows", "RowCache", "padding_mask"]
 
 _GROWTH = 1.5
 
@@ -60,12 +61,16 @@ class _RowLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token per live row; the keys and values of every column so far."""
         until = self.columns + key_states.shape[-2]
-        if until > self.buffers[0].shape[2]:
-            self.relayout(self.columns, capacity=int(until * _GROWTH))
+        self.reserve(until)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.columns : until] = states
         self.columns = until
         return self._expose()
+
+    def reserve(self, columns: int) -> None:
+        """Memory for so many columns, and more when it is taken anew."""
+        if columns > self.buffers[0].shape[2]:
+            self.relayout(self.columns, capacity=int(columns * _GROWTH))
 
     def relayout(self, columns: int, *, capacity: int) -> None:
         """Make live rows end at ``columns``, in a buffer of at least ``capacity`` columns.
@@ -161,6 +166,21 @@ class RowCache(Cache):
                 fits = columns <= layer.capacity
                 layer.relayout(columns, capacity=layer.capacity if fits else columns + reserve)
 
+    def reserve(self, columns: int) -> None:
+        """Memory for so many columns in every layer, as :meth:`append` would take it one layer after the other."""
+        for layer in self._rows:
+            layer.reserve(columns)
+
+    def memory(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer with all slots and columns, ``[slots, K, capacity, d]`` each."""
+        return [layer.buffers for layer in self._rows]
+
+    def advance(self) -> None:
+        """Count a column that was written into :meth:`memory` for every live row."""
+        for layer in self._rows:
+            layer.columns += 1
+            layer._expose()
+
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the live rows in one layer, ``[R, K, columns, d]`` each."""
         return self._rows[layer].live
@@ -197,3 +217,44 @@ class RowCache(Cache):
         """Copy rows ``source`` over rows ``target``, then keep the first ``rows``."""
         for layer in self._rows:
             layer.move(source, target, rows)
+
+
+class FixedRows:
+    """The first rows and columns of a :class:`RowCache`, for a step whose shapes never change.
+
+    Args:
+        layers: keys and values of each layer, ``[slots, K, capacity, d]``; written in place.
+        rows, columns: how many of them the step computes, at most what there is.
+        start: ``[rows]`` the column at which each row begins; not beyond ``column``.
+        column: ``[1]`` where the new token's key goes.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        rows: int,
+        columns: int,
+        start: Int[Tensor, " R"],
+        column: Int[Tensor, " 1"],
+    ) -> None:
+        self.layers = [(keys[:rows, :, :columns], values[:rows, :, :columns]) for keys, values in layers]
+        self.column = column
+        place = torch.arange(columns, device=start.device)
+        hidden = (place < start[:, None]) | (place > column)
+        mask = torch.zeros_like(hidden, dtype=self.layers[0][0].dtype)
+        self.mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+
+    def attend(
+        self,
+        layer: int,
+        queries: Float[Tensor, "R K G d"],
+        keys: Float[Tensor, "R K d"],
+        values: Float[Tensor, "R K d"],
+        *,
+        scale: float,
+    ) -> Float[Tensor, "R K G d"]:
+        """As :meth:`RowCache.attend`."""
+        k, v = self.layers[layer]
+        k.index_copy_(2, self.column, keys[:, :, None])
+        v.index_copy_(2, self.column, values[:, :, None])
+        return torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=self.mask, scale=scale)

@@ -183,8 +183,9 @@ def _least(trainer: Trainer, batch: Batch) -> Batch:
     if trainer.objective.needs_groups:
         return blank(batch)
     row = batch.select(batch.completion_mask.sum(-1).argmin()[None])
-    # its constants were never computed (see unread), so what it would measure with them is left out too
-    return row if row.old_logps is None else blank(row)
+    # its old log-probs were not computed (see unread), and zeros would be measured as if they were
+    unknown = row.old_logps is not None and not bool(row.old_logps.where(row.mask, 0.0).any())
+    return row.replace(old_logps=None) if unknown else row
 
 
 def blank(batch: Batch) -> Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import filecmp
 import json
 import logging
 import random
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from rlft import checkpoint
 from rlft._failpoint import instant, within
-from rlft._files import disk_trouble, move, remove_tree, replace_file, sync_dir, sync_file
+from rlft._files import disk_trouble, remove_tree, replace_file
 from rlft._redact import redact
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
-from rlft.run import controllers, display, guard, meeting, provenance, resumed, rows_read, same_run
+from rlft.run import controllers, guard, meeting, provenance, resumed, rows_read, same_run
+from rlft.run.exported import export, exported_bytes, save_model, whole_weights, write_model
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rlft")
 
 __all__ = [
-    "Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "seed", "write_summary",
+    "Light", "export", "light", "locked", "open_log", "rehearse", "resume", "save", "save_boundary", "save_model", "seed", "write_summary",
 ]  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
             )
     names, opponent = _optimizer_names(trainer), trainer.average.state() if trainer.average is not None else {}
     moments, groups = checkpoint.optimizer_to_tensors(trainer.optimizer, names, keep=trainer.is_main)
-    whole = _whole(trainer)
+    whole = whole_weights(trainer)
     tensors: dict[str, dict[str, Tensor]] = {"rng": state.rng[0], "source": state.source[0]}
     records: dict[str, Any] = {"rng": state.rng[1], "source": state.source[1], "metrics": state.metrics.state_dict()}
     if state.replay is not None:
@@ -174,94 +174,8 @@ def _write(trainer: Trainer, state: Light, folder: Path, keep: int | None) -> Pa
         world_size=trainer.world_size,
         barrier=trainer.accelerator.wait_for_everyone,
         extra_writer=(lambda folder: write_model(trainer, folder / "model", whole)) if trainer.is_main else None,
-        extra_bytes=_exported_bytes(trainer) if trainer.is_main else 0,
+        extra_bytes=exported_bytes(trainer) if trainer.is_main else 0,
     )
-
-
-def write_model(trainer: Trainer, folder: Path, whole: dict[str, Tensor] | None) -> None:
-    """The trained adapters, or the whole model, with the tokenizer; by one process.
-
-    Args:
-        trainer: the run.
-        folder: made where it is missing.
-        whole: what :func:`_whole` gave.
-    """
-    with instant("model.write"), display.quiet_transformers():
-        folder.mkdir(parents=True, exist_ok=True)
-        trainer.policy.save_pretrained(folder, **({} if whole is None else {"whole": whole}))
-        trainer.tokenizer.save_pretrained(folder)
-
-
-def _whole(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The weights that are written, gathered where they are spread over processes; None where they are not. Collective."""
-    return trainer.policy.whole_state(keep=trainer.is_main) if guard.sharded(trainer) else None
-
-
-def save_model(trainer: Trainer, folder: str | Path) -> None:
-    """:func:`write_model` by the main process; where weights are spread over processes, all of them take part."""
-    whole = _whole(trainer)
-    if trainer.is_main:
-        write_model(trainer, Path(folder), whole)
-
-
-def export(trainer: Trainer, *, again: bool = True) -> None:
-    """Leave the trained model in ``<run>/model`` and the report beside it.
-
-    The model is written apart and renamed, so that it is whole or not there.
-
-    Args:
-        trainer: a finished run.
-        again: False writes only what is not there.
-
-    Raises:
-        TrainingError: when the disk refuses; nothing half-written is left.
-    """
-    whole = _whole(trainer)
-    if not trainer.is_main:
-        return
-    final, fresh, old = (trainer.run_dir / name for name in ("model", ".tmp-model", ".old-model"))
-    try:
-        for left in (fresh, old):
-            if left.exists():
-                remove_tree("export.stale", left)
-        if again or not _same_files(trainer.run_dir / f"checkpoint-{trainer.step}" / "model", final):
-            with instant("export.write"):
-                write_model(trainer, fresh, whole)
-            for path in sorted(fresh.rglob("*")):
-                sync_file("export.file.sync", path)
-            if final.exists():
-                move("export.aside", final, old)
-            move("export.rename", fresh, final)
-            sync_dir("export.sync", trainer.run_dir)
-            if old.exists():
-                remove_tree("export.old", old)
-    except Exception as error:
-        with instant("export.discard"):
-            shutil.rmtree(fresh, ignore_errors=True)
-        needed = _exported_bytes(trainer)
-        raise TrainingError(
-            f"the trained model was not written to {final}: {disk_trouble(error, trainer.run_dir, needed) or error}; the "
-            f"checkpoint of step {trainer.step} holds it: the same command writes it again"
-        ) from error
-    report = trainer.run_dir / "report.html"
-    if trainer.config.report and (again or not report.exists()):
-        from rlft.report import write_report
-
-        try:
-            write_report(trainer.run_dir, report)
-        except OSError as error:
-            raise TrainingError(
-                f"the report was not written to {report}: {disk_trouble(error, trainer.run_dir, 2**20) or error}; the model is "
-                f"in {final}: the same command, or `rlft report {trainer.run_dir}`, writes the report again"
-            ) from error
-
-
-def _same_files(one: Path, two: Path) -> bool:
-    """Whether two folders hold the same bytes under the same names."""
-    first, second = (
-        {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in (one, two)
-    )
-    return first.keys() == second.keys() and all(filecmp.cmp(first[n], second[n], shallow=False) for n in first)
 
 
 def resume(trainer: Trainer, given: str | bool | None) -> int | None:
@@ -395,19 +309,13 @@ def locked(trainer: Trainer, given: str | bool | None) -> Iterator[None]:
 def _check_space(trainer: Trainer) -> None:
     """Refuse a disk that could not take one checkpoint (weights, two moments, the exported model)."""
     trained = sum(p.numel() * p.element_size() for p in trainer.policy.parameters() if p.requires_grad)
-    needed = 3 * trained + _exported_bytes(trainer)
+    needed = 3 * trained + exported_bytes(trainer)
     free = shutil.disk_usage(trainer.run_dir).free
     if free < needed:
         raise RunLockError(
             f"{trainer.run_dir} has {free / 2**20:.1f} MiB free and one checkpoint takes about {needed / 2**20:.1f} MiB; "
             f"free some space, or choose another output_dir"
         )
-
-
-def _exported_bytes(trainer: Trainer) -> int:
-    """About how large the saved model is: adapters alone, or all weights."""
-    weights = trainer.policy.hf_model.parameters()
-    return sum(p.numel() * p.element_size() for p in weights if p.requires_grad or not trainer.config.use_peft)
 
 
 def open_log(trainer: Trainer, offset: int | None) -> MetricsLog:
