@@ -124,6 +124,42 @@ def test_columns_beyond_256_take_another_graph():
     assert sorted(graphs._graphs) == [(8, 256), (8, 312)]
 
 
+def test_graphs_of_memory_that_was_left_are_not_replayed():
+    """More columns than a bucket has, before and after: only the addresses tell the graphs apart."""
+    graphs, step, twin, start, lengths = started(build("llama", F64), reserve=260)
+    with torch.no_grad():
+        for t in range(12):
+            if t == 6:
+                graphs.cache.reserve(400)
+            tokens = tokens_of(5, t)
+            found = graphs(tokens, lengths + t, start).clone()
+            torch.testing.assert_close(found, plain(step, twin, tokens, lengths + t, start), rtol=1e-9, atol=1e-9)
+    assert (graphs.recorded, graphs.replayed, graphs.failed) == (2, 8, None)
+
+
+def test_slots_that_do_not_live_stay_finite():
+    """Their columns are masked in the row that comes next, and NaN would survive a weight of zero."""
+    graphs, step, twin, start, lengths = started(build("llama", F64), rows=8)
+    with torch.no_grad():
+        for t in range(4):
+            graphs(tokens_of(8, t), lengths + t, start)
+            plain(step, twin, tokens_of(8, t), lengths + t, start)
+        # The longest prompts' rows leave, and the others move left: the seventh slot's row began further right.
+        order = torch.tensor([0, 1, 5, 3, 6])
+        for cache in (graphs.cache, twin):
+            cache.move(torch.tensor([5, 6]), torch.tensor([2, 4]), 5)
+            cache.relayout(cache.columns - 7, reserve=0)
+        start, lengths = start[order] - 7, lengths[order] + 4
+        assert graphs._start[6] == 11 > graphs.cache.columns
+        for t in range(4):
+            tokens = tokens_of(5, t)
+            found = graphs(tokens, lengths + t, start).clone()
+            torch.testing.assert_close(found, plain(step, twin, tokens, lengths + t, start), rtol=1e-9, atol=1e-9)
+            assert (graphs._start <= graphs._column).all()  # every row sees a column at least
+    assert (graphs.recorded, graphs.replayed) == (1, 6)
+    assert all(part.isfinite().all() for pair in graphs.cache.memory() for part in pair)
+
+
 def test_the_oldest_graph_goes(monkeypatch):
     monkeypatch.setattr(step_graphs, "_MOST", 2)
     graphs, _, _, start, lengths = started(build("llama", F64), rows=8)

@@ -147,11 +147,11 @@ class Policy(TrainableModule):
         states = self._scorer.states(rows, shared) if needs_policy else None
         ref_states = None
         if want & {"token_kl", "ref_logps", "ref_states", *MOMENTS}:
-            ref_states = self._reference_states(rows, shared, batch)
-        if quantities == {"ref_logps"}:
-            assert ref_states is not None
-            result["ref_logps"] = rows.scatter(self._reference_alone(rows, ref_states, temperature))
-        elif quantities:
+            with self._reference.active():
+                ref_states = self._reference_states(rows, shared, batch)
+                if quantities == {"ref_logps"}:
+                    result["ref_logps"] = rows.scatter(self._reference_alone(rows, ref_states, temperature))
+        if quantities - {"ref_logps"}:
             assert states is not None
             grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
             outputs = self._score(rows, states, ref_states, quantities, frozenset(grad & quantities), temperature)
@@ -302,39 +302,37 @@ class Policy(TrainableModule):
         return (self.chunk_size or DEFAULT_CHUNK)[0]
 
     def _reference_alone(self, rows: Rows, states: Tensor, temperature: float) -> Tensor:
-        """``ref_logps`` when nothing of the policy is wanted."""
+        """``ref_logps`` when nothing of the policy is wanted; inside ``Reference.active``."""
         scorer = self._reference.scorer(self._scorer)
         want = frozenset({"logps"})
-        with self._reference.active():
-            head = scorer.matrix_head() if scorer.path == "matrix" else None
-            if head is not None:
-                outputs = linear_logps(
-                    states,
-                    head.weight,
-                    rows.targets,
-                    bias=head.bias,
-                    temperature=temperature,
-                    logit_scale=head.logit_scale,
-                    softcap=head.softcap,
-                    want=want,
-                    chunk=self.chunk_size,
-                )
-                assert outputs.logps is not None
-                return outputs.logps
-            size = self._logit_rows
-            parts = []
-            for i in range(0, max(states.shape[0], 1), size):
-                logits = scorer.logits(states[i : i + size])
-                parts.append(logits_logps(logits, rows.targets[i : i + size], temperature=temperature, want=want).logps)
-            return torch.cat([part for part in parts if part is not None])
+        head = scorer.matrix_head() if scorer.path == "matrix" else None
+        if head is not None:
+            outputs = linear_logps(
+                states,
+                head.weight,
+                rows.targets,
+                bias=head.bias,
+                temperature=temperature,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                want=want,
+                chunk=self.chunk_size,
+            )
+            assert outputs.logps is not None
+            return outputs.logps
+        size = self._logit_rows
+        parts = []
+        for i in range(0, max(states.shape[0], 1), size):
+            logits = scorer.logits(states[i : i + size])
+            parts.append(logits_logps(logits, rows.targets[i : i + size], temperature=temperature, want=want).logps)
+        return torch.cat([part for part in parts if part is not None])
 
     def _reference_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:
-        """``[N, D]`` of the reference, from the batch where it has them."""
-        with self._reference.active():
-            ref = self._reference.scorer(self._scorer)
-            if batch.ref_states is None:
-                return ref.states(rows, shared)
-            ref.ensure_path(rows)
+        """``[N, D]`` of the reference, from the batch where it has them; inside ``Reference.active``."""
+        ref = self._reference.scorer(self._scorer)
+        if batch.ref_states is None:
+            return ref.states(rows, shared)
+        ref.ensure_path(rows)
         return batch.ref_states[rows.scored]
 
     def _behaviour_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:

@@ -231,6 +231,8 @@ class CausalScorer:
                 device=ids.device,
                 layers=getattr(self.base.config.get_text_config(), "num_hidden_layers", 1),
             )
+        except NoKernelError as error:
+            self._cannot_share(str(error))
         except Exception as error:  # whatever the model does with its mask: it is found here, not while training
             self._cannot_share(f"it stopped with {type(error).__name__}: {error}")
         else:

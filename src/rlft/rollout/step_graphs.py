@@ -104,6 +104,7 @@ class StepGraphs:
         self._positions = torch.zeros_like(self._tokens)
         self._start = torch.zeros_like(self._tokens)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self._logits: Tensor | None = None
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._uses: dict[tuple[int, int], int] = {}
         self._memory: list[tuple[int, torch.Size]] = []  # addresses alone: the cache's old memory must be free to go
@@ -174,7 +175,12 @@ class StepGraphs:
     def _record(self, bucket: tuple[int, int]) -> _Graph:
         while len(self._graphs) >= _MOST:
             del self._graphs[next(iter(self._graphs))]
-        replay, logits = self.capture(lambda: self._fixed(bucket))
+        if self._logits is None:
+            found = self._fixed(bucket)
+            self._logits = found.new_zeros(self.cache.slots, found.shape[1])
+        out = self._logits[: bucket[0]]
+        # One buffer for all graphs: their own logits would stay in the pool for as long as they do.
+        replay, logits = self.capture(lambda: out.copy_(self._fixed(bucket)))
         self.recorded += 1
         self._graphs[bucket] = _Graph(replay, logits, self.cache.columns)
         return self._graphs[bucket]

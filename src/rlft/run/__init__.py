@@ -2,6 +2,7 @@
 
 Before it: ``setup`` builds what the settings name (``parts``), ``checks`` and ``selfcheck`` refuse what cannot work, ``plan`` says
 what is optimised, ``display`` shows it. A step: ``online`` draws and scores (``pairwise``, ``old_logps``, ``correction``, ``watchdog``),
-``micro`` cuts it up, ``guard`` and ``first_step`` watch it, ``trust_step`` and ``controllers`` steer it, ``meter`` times it. Beside it:
-``evaluate``, ``state`` for checkpoints, ``ref_cache``, ``meeting`` of several processes.
+``micro`` cuts it up, ``update`` applies it, ``guard`` and ``first_step`` watch it, ``trust_step`` and ``controllers`` steer it, ``meter`` times
+it. Beside it: ``evaluate``, ``state`` for checkpoints, ``ref_cache``, ``meeting`` of several processes and their ``signals``, ``memory`` when it
+ends.
 """
