@@ -118,6 +118,13 @@ class FirstStep:
             # the objective takes its own forward pass as the old one; with dropout on by choice that is no other one
             if self.seen or not self.trainer.config.disable_dropout:
                 return None
+            counting = batch.mask.any(-1).nonzero()
+            if not len(counting):
+                return None
+            # one prompt's answers tell; a whole micro-batch would cost as much again as its forward pass
+            rows = (batch.group_ids == batch.group_ids[counting[0]]).nonzero()[:, 0]
+            batch = batch.select(rows)
+            logps = logps[rows, : batch.mask.shape[1]]
             with torch.no_grad():
                 old = self.trainer.policy(
                     batch, want=frozenset({"logps"}), temperature=self.trainer.scoring_temperature
