@@ -129,6 +129,22 @@ def test_launchers_that_cannot_be_saved_under_are_refused_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_sampling_from_spread_weights_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlft import Trainer
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    settings = {"objective": "rloo", "beta": 0.1, "model": "no/such-model", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=r"asks for FSDP, and sampling needs whole weights .*ddp\.yaml"):
+        launched.check_online(online=True)
+    launched.check_online(online=False)
+    with pytest.raises(ConfigError, match="asks for FSDP, and sampling needs whole weights"):
+        Trainer(args=settings, train_dataset=[{"prompt": "a"}], reward_funcs=lambda completions, **_: [0.0])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "env",
     [

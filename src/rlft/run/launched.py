@@ -6,7 +6,7 @@ import os
 
 from rlft.config import ConfigError
 
-__all__ = ["check"]
+__all__ = ["check", "check_online"]
 
 _INSTEAD = (
     "launch with torch's FSDP2 (configs/accelerate/fsdp.yaml), where weights must be spread over the GPUs, or with one "
@@ -39,6 +39,21 @@ def check() -> None:
         raise ConfigError(
             "the launcher asks for FSDP on CPUs, where accelerate leaves it out without a word; launch with "
             "configs/accelerate/cpu.yaml"
+        )
+
+
+def check_online(*, online: bool) -> None:
+    """Refuse what would be found out at the first generation.
+
+    Raises:
+        ConfigError: for a run that samples with a sampler of this package from weights that are spread over processes: rows
+            end at different times on each, so forward passes that wait for one another would hang.
+    """
+    if online and _on("ACCELERATE_USE_FSDP"):
+        raise ConfigError(
+            "the launcher asks for FSDP, and sampling needs whole weights on every process; launch online runs with one "
+            "whole model per process (configs/accelerate/ddp.yaml; use_peft and gradient_checkpointing save memory), or give "
+            "Trainer a sampler that gathers them"
         )
 
 

@@ -14,7 +14,19 @@ from rlft import recipes
 from rlft.config import Config, ConfigError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.run import arguments, display, guard, identity, meeting, micro, pairwise, pairwise_rules, provenance, tally
+from rlft.run import (
+    arguments,
+    display,
+    guard,
+    identity,
+    launched,
+    meeting,
+    micro,
+    pairwise,
+    pairwise_rules,
+    provenance,
+    tally,
+)
 from rlft.run.checks import check_data, check_held_out, check_settings, check_tokens, note_positions
 from rlft.run.parts import (
     accelerator_for,
@@ -129,6 +141,7 @@ def build(
     specs = [specs] if callable(specs) or isinstance(specs, (str, Mapping)) else list(specs)
     judge = judge if judge is not None else config.judge
     online = bool(specs) or judge is not None
+    launched.check_online(online=online and sampler is None)
     check_settings(config, objective, online=online, rewarded=bool(specs), judged=judge is not None)
     if objective.trust_region is not None and optimizer is not None and not objective.needs_critic:
         raise ConfigError(f"optimizers does nothing: objective {objective.name!r} steps without one; drop it")
