@@ -273,7 +273,7 @@ def test_41_a_hang_ends_at_the_limit():
             match=rf"'{name}' did not return within 0.2 s at step 6, for rows 0 to 2; raise the reward timeout",
         ):
             score(RewardSet(funcs, timeout=0.2), state=SimpleNamespace(global_step=5))
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
     release.set()
 
 
@@ -486,7 +486,7 @@ def test_the_search_for_a_row_ends_with_the_limit():
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"raised ValueError: gone, in rows 0 to 2"):
         score(RewardSet(judge, timeout=0.3))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
 
 
 def test_an_evaluation_is_named_as_such():

@@ -242,7 +242,7 @@ def test_long_lines_take_no_time() -> None:
     started = time.monotonic()
     for character in "-_A:@/":
         redact(character * 100_000)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # what grows with the square would take hours
 
 
 def test_tokens_of_the_vocabulary_are_no_secrets() -> None:

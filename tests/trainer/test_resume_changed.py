@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -299,7 +298,7 @@ def test_another_reward_model_is_refused(tmp_path: Path) -> None:
     goes_on(tmp_path / "run", prompts, rewards=[scorer(1.0)])
 
 
-def test_the_fingerprint_of_weights_is_cheap_and_sees_every_block() -> None:
+def test_the_fingerprint_of_weights_is_cheap_and_sees_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors whole; of large ones 64 blocks, the first and the last byte among them."""
     small = torch.arange(1000, dtype=torch.float32)
     before = provenance.sampled_hash(small)
@@ -318,16 +317,11 @@ def test_the_fingerprint_of_weights_is_cheap_and_sees_every_block() -> None:
         large[place] = 0
     assert provenance.sampled_hash(large + 1) != base
     assert provenance.sampled_hash(large.view(torch.bfloat16).view(1024, -1).T) != base  # not contiguous
-    started = time.process_time()
-    provenance.sampled_hash(torch.zeros(256 << 20, dtype=torch.uint8))
-    assert time.process_time() - started < 1.0
-
-
-def test_a_tiny_model_costs_little(tmp_path: Path) -> None:
-    t = run(tmp_path, use_peft=True)
-    started = time.process_time()
-    provenance.weights(t.policy, t.rewards)
-    assert time.process_time() - started < 0.25
+    hashed: list[int] = []
+    bytes_of = provenance.tensor_bytes
+    monkeypatch.setattr(provenance, "tensor_bytes", lambda flat: hashed.append(flat.nbytes) or bytes_of(flat))
+    provenance.sampled_hash(torch.empty(1 << 30, dtype=torch.uint8))
+    assert hashed == [1 << 20]  # whatever the size
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
