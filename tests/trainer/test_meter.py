@@ -375,8 +375,8 @@ def test_the_live_line_by_hand() -> None:
         "meter/fraction_of_floor": 0.62,
     }
     assert display.meter_line(values) == (
-        "forward and backward 60%, sample 25% | 12.3k tok/s trained | 800 sampled | 97% of computed tokens exist | "
-        "sharing prompts saves 2.42x | 1.5 GiB | MFU 41% | 62% of what the device could do"
+        "forward and backward 60%, sample 25% | 12.3k tok/s trained | 800 sampled | padding efficiency 0.97 | "
+        "prompt sharing 2.42x | 1.5 GiB | MFU 41% | 62% of the floor"
     )
     assert display.meter_line({"loss": 1.0, "prompt_sharing": 1.0}) == ""
 
@@ -395,5 +395,5 @@ def test_it_is_shown_while_a_run_goes(
     text = shown.err if terminal else shown.out
     assert re.search(r"forward and backward \d+%", text)
     assert re.search(r"tok/s trained", text)
-    assert re.search(r"\d+% of computed tokens exist", text)
+    assert re.search(r"padding efficiency \d\.\d\d", text)
     assert re.search(r"[KMG]i?B", text)

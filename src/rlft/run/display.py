@@ -51,11 +51,11 @@ _SHOWN = {
 _METER = {
     "meter/trained_tokens_per_second": (1.0, "{} tok/s trained"),
     "meter/sampled_tokens_per_second": (1.0, "{} sampled"),
-    "padding_efficiency": (100.0, "{:.0f}% of computed tokens exist"),
-    "prompt_sharing": (1.0, "sharing prompts saves {:.2f}x"),
+    "padding_efficiency": (1.0, "padding efficiency {:.2f}"),
+    "prompt_sharing": (1.0, "prompt sharing {:.2f}x"),
     "meter/peak_memory_gib": (2.0**30, "{}"),
     "meter/mfu": (100.0, "MFU {:.0f}%"),
-    "meter/fraction_of_floor": (100.0, "{:.0f}% of what the device could do"),
+    "meter/fraction_of_floor": (100.0, "{:.0f}% of the floor"),
 }
 
 
