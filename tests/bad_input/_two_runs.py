@@ -169,7 +169,7 @@ add(
     "trains",
     _of_one,
     at=2,
-    warns=("written by 1 processes and 2 resume it", "not bit for bit"),
+    warns=("written by 1 process and 2 resume it", "not bit for bit"),
 )
 
 
