@@ -153,7 +153,8 @@ TRL_LOGPS, LIGER = "TRL ChunkedLogProbFunction", "Liger chunked selective log-pr
 TRL_JOINT, TORCH_JOINT = "TRL LogProb x 2 + Divergence", "torch, two log_softmax"
 NO_HALF = (
     "set on a processor without bfloat16 products. Where there are some, others multiply in bfloat16 and round each logit "
-    "to it; the op multiplies in float32, on purpose"
+    "to it; the op multiplies in float32, on purpose. Needed: "
+    "bfloat16 products that torch hands over in float32 on a CPU"
 )
 
 AIMS: tuple[Aim, ...] = (
@@ -193,7 +194,8 @@ SHARE_OF_BOUND, AUTO = 0.9, 1.0
 KL_ERROR = 300.0
 NO_SHARE = (
     "time that does not go by tokens (gathering rows, merging the two parts of attention) weighs in small and ragged batches; "
-    "where nothing is shared, `auto` takes padded rows. Elsewhere `auto` is the same layout: its column shows the noise"
+    "where nothing is shared, `auto` takes padded rows. Elsewhere `auto` is the same layout: its column shows the noise. "
+    "Needed: an attention kernel that reads the packed row where it lies and merges both parts itself"
 )
 
 

@@ -75,9 +75,8 @@ def difference(
                 exact = compute()
     if any(pair is not None and pair[0].shape != pair[1].shape for pair in (used, exact)):
         return math.inf
-    if (
-        exact is None or exact[0].dtype in HALF or exact[1].dtype in HALF
-    ):  # rounded by a wrapper that says nothing of it
+    # A half dtype here was rounded by a wrapper that says nothing of it.
+    if exact is None or exact[0].dtype in HALF or exact[1].dtype in HALF:
         pair = used or exact
         assert pair is not None
         worst, eps = _worst(*pair), torch.finfo(half or pair[1].dtype).eps
@@ -157,9 +156,7 @@ class _Widen(TorchFunctionMode):
         """Call ``func`` with half-precision operands and dtypes widened."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if (
-            name == "__get__"
-        ):  # a property: its owner is not copied for it, and its dtype is what it will be computed in
+        if name == "__get__":  # a property: its owner is not copied, and its dtype is what it will be computed in
             found = func(*args, **kwargs)
             return found if isinstance(found, Tensor) else _wide(found)
         changes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))

@@ -60,9 +60,8 @@ class CudaCapture:
         # The outer stream comes back even where the end of a failed recording raises.
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                self._stream
-            ):  # libraries set themselves up on the first calls, which is not recorded
+            # Libraries set themselves up on the first calls, which must not be recorded.
+            with torch.cuda.stream(self._stream):
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(self._stream)
