@@ -227,7 +227,7 @@ EXEMPT: dict[str, dict[str, str]] = {
         "os.ftruncate(self._descriptor, before)": "takes back half a line, as the next start would",
     },
     "trainer.py": {"self.metrics_log.write(self.step, values)": _THERE},
-    "run/guard.py": {"trainer.metrics_log.write(trainer.step + 1, values)": _THERE},
+    "run/step/update.py": {"trainer.metrics_log.write(trainer.step + 1, values)": _THERE},
     "rewards/symbolic.py": {"process.stdin.write(question.encode() + b'\\n')": _PIPE},
     "rewards/symbolic_worker.py": {
         "out.write(b'ready\\n')": _PIPE,

@@ -11,7 +11,8 @@ import pytest
 
 from rlft.config import Config, load_config
 from rlft.rewards import load_reward
-from rlft.run import checks, setup
+from rlft.run.setup import parts as setup
+from rlft.run.setup import settings as checks
 from rlft.trainer import Trainer
 from tests.results.runs import CONFIGS, DATA, SMALL, needs_data
 

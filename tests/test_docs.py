@@ -20,7 +20,8 @@ from rlft import cli, losses, recipes
 from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
-from rlft.run import checks, setup
+from rlft.run.setup import parts as setup
+from rlft.run.setup import settings as checks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

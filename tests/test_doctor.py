@@ -22,7 +22,7 @@ from rlft.checkpoint import CheckpointError, CheckpointVersionError
 from rlft.checkpoint._manifest import _sealed
 from rlft.doctor import diagnose, survey
 from rlft.errors import Interrupted
-from rlft.run import provenance
+from rlft.run.keep import record as provenance
 from rlft.runlock import RunLock, RunLockError
 from tests.tiny import char_tokenizer, tiny_llama
 

@@ -13,7 +13,7 @@ import torch
 
 from rlft import Trainer, losses, recipes
 from rlft.config import load_config
-from rlft.run import pairwise_rules
+from rlft.run.setup import comparison_settings as pairwise_rules
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, tiny_llama
 

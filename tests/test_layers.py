@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L1": ("types", "kl", "advantages"),
     "L2": ("losses", "ops", "trust_region", "worlds"),
     "L3": ("_advantage", "_terms", "objective", "recipes", "catalogue"),
-    "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule", "source"),
+    "L4": ("models", "data", "rewards", "checkpoint", "_metrics_log", "metrics", "config", "runlock", "schedule"),
     "L5": ("rollout",),
     "L6": ("run", "report", "doctor", "trainer"),
     "L7": ("cli", "demo"),

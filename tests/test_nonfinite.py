@@ -17,7 +17,7 @@ from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.objective import Objective
-from rlft.run import guard
+from rlft.run.step import update as guard
 from tests.bad_input.common import ANSWERS, same, state, stops, trainer
 from tests.tiny import tiny_llama
 

@@ -18,8 +18,10 @@ from torch import nn
 from rlft import checkpoint
 from rlft.config import SELF_CHECKS, Config, ConfigError, load_config
 from rlft.errors import Interrupted, TrainingError
-from rlft.run import display, first_step, selfcheck
-from rlft.run import state as _state
+from rlft.run import display
+from rlft.run.checks import before as selfcheck
+from rlft.run.checks import first_step
+from rlft.run.keep import checkpoints as _state
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import BOS_ID, char_tokenizer, tiny_llama
 

@@ -19,7 +19,7 @@ from rlft import Trainer, losses
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.rollout import Rollout
-from rlft.run.trust_step import TrustStep
+from rlft.run.step.trust_region import TrustStep
 from rlft.trust_region import flatten
 from rlft.types import Batch
 from tests.models.oracle import alone, pick, trained_lora

@@ -14,7 +14,8 @@ from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.rollout import Rollout, make_sampler
-from rlft.run import online, watchdog
+from rlft.run.step import sampler_trust as watchdog
+from rlft.run.step import sampling as online
 from tests.bad_input.common import ANSWERS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import char_tokenizer
 

@@ -280,7 +280,7 @@ def _origin_lines(made_of: Mapping[str, Any]) -> list[str]:
     """What computed, and where models came from; what is installed now, where that is something else."""
     import torch
 
-    from rlft.run.provenance import versions
+    from rlft.run.keep.record import versions
 
     lines = []
     then = made_of.get("versions", {})

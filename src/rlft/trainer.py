@@ -25,30 +25,27 @@ from rlft.errors import Interrupted, TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.objective import Objective
 from rlft.rollout import fold_seed
-from rlft.run import (
-    arguments,
-    constants,
-    controllers,
-    correction,
-    display,
-    evaluate,
-    first_step,
-    guard,
-    meeting,
-    micro,
-    online,
-    provenance,
-    ref_cache,
-    rows_read,
-    selfcheck,
-    setup,
-    signals,
-    tally,
-    watchdog,
-)
-from rlft.run import state as _state
-from rlft.run import update as _update
-from rlft.run.meter import Meter
+from rlft.run import display, evaluate
+from rlft.run.checks import before as selfcheck
+from rlft.run.checks import first_step
+from rlft.run.keep import checkpoints as _state
+from rlft.run.keep import record as provenance
+from rlft.run.keep import ref_logps as ref_cache
+from rlft.run.measure import streamed_rows as rows_read
+from rlft.run.measure.meter import Meter
+from rlft.run.processes import processes as meeting
+from rlft.run.processes import signals
+from rlft.run.setup import arguments
+from rlft.run.setup import parts as setup
+from rlft.run.step import apply_update as _update
+from rlft.run.step import correction
+from rlft.run.step import generation_counts as tally
+from rlft.run.step import kl_control as controllers
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import passes as constants
+from rlft.run.step import sampler_trust as watchdog
+from rlft.run.step import sampling as online
+from rlft.run.step import update as guard
 from rlft.schedule import learning_rate
 from rlft.types import Batch
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 from tests.bad_input._two_case import CHAT, NAN, ONE, Hold, add, case, chatty
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, trainer
 from tests.bad_input.test_rows_of_models import _reversed_tokenizer, adapter, classifier

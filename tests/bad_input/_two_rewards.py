@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlft.run import tally
+from rlft.run.step import generation_counts as tally
 from tests.bad_input._two_case import EACH, NAN, Hold, add, fails
 from tests.bad_input.common import ANSWERS, PROMPTS, trainer, varied
 

@@ -17,7 +17,7 @@ from rlft import Trainer
 from rlft._json import loads
 from rlft.checkpoint._manifest import _sealed
 from rlft.errors import TrainingError
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 from rlft.runlock import RunLock
 from tests.bad_input._two_case import Hold, add
 from tests.bad_input.common import ANSWERS, MODEL, RANKED, trainer

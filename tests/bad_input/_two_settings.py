@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from rlft import cli
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 from tests.bad_input._two_case import NAN, ONE, Hold, add, case
 from tests.bad_input.common import RANKED, trainer, varied
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlft import Trainer
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 from rlft.types import Batch
 from tests.bad_input._two_case import BOTH, EACH, NAN, ONE, Hold, add, fails
 from tests.bad_input.common import ANSWERS, RANKED, trainer

@@ -14,7 +14,7 @@ import torch
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.rewards import RewardError
-from rlft.run import tally
+from rlft.run.step import generation_counts as tally
 from tests.bad_input.common import (
     PROMPTS,
     RANKED,

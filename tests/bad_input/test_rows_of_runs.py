@@ -244,7 +244,7 @@ def test_bad_input_82_resume_after_completion(tmp_path: Path, capsys: pytest.Cap
 _START = """
 import sys, time
 from rlft import cli
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 meeting.SECONDS = 4
 
 def timed(meet=meeting.meet):

@@ -14,7 +14,7 @@ import pytest
 from rlft.config import ConfigError, load_config
 from rlft.data import load_rows, stream_rows
 from rlft.data.hub import HubRows, is_hub_name
-from rlft.run import parts
+from rlft.run.setup import models as parts
 from tests.trainer.common import resumed_equals_whole, run
 
 NAME = "acme/sums"

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 
 from rlft import Trainer
-from rlft.run import first_step, online, selfcheck, watchdog
+from rlft.run.checks import before as selfcheck
+from rlft.run.checks import first_step
+from rlft.run.step import sampler_trust as watchdog
+from rlft.run.step import sampling as online
 from tests.tiny import char_tokenizer
 
 MODEL = {

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from rlft import Trainer, checkpoint
 from rlft.errors import Interrupted
-from rlft.run import setup
+from rlft.run.setup import parts as setup
 from tests.tiny import char_tokenizer, tiny_llama
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(16)]

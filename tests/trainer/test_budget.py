@@ -12,7 +12,9 @@ from torch import Tensor
 from rlft import Config, Trainer
 from rlft.config import ConfigError
 from rlft.models import ModelReward, Policy, RewardScorer
-from rlft.run import constants, guard, micro
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import passes as constants
+from rlft.run.step import update as guard
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 from tests.trainer.common import PAIRS, PROMPTS, resumed_equals_whole, run

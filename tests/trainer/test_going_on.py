@@ -14,7 +14,8 @@ from rlft import Trainer, checkpoint
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.rewards import RewardError
-from rlft.run import first_step, selfcheck
+from rlft.run.checks import before as selfcheck
+from rlft.run.checks import first_step
 from rlft.runlock import RunLockError
 from tests.reliability.runs import digest, newest
 from tests.tiny import char_tokenizer, tiny_llama

@@ -12,7 +12,8 @@ from torch import Tensor
 from rlft import Trainer, recipes
 from rlft.models import Policy
 from rlft.objective import Objective
-from rlft.run import constants, micro
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import passes as constants
 from rlft.types import Batch
 from tests.losses.cases import CASES
 from tests.test_trainer import weights

@@ -17,7 +17,7 @@ import torch
 from rlft import Trainer, checkpoint
 from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
-from rlft.run.guard import lost_peer
+from rlft.run.step.update import lost_peer
 from tests.reliability.runs import digest, leftovers, newest
 from tests.tiny import char_tokenizer, tiny_llama
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rlft import Objective, Trainer, kl, losses
 from rlft.config import ConfigError
-from rlft.run import controllers, display
+from rlft.run import display
+from rlft.run.step import kl_control as controllers
 from rlft.types import Batch, LossOutput
 from tests.tiny import random_batch
 from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run

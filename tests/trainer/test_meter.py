@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlft.metrics import comparable, read_metrics
 from rlft.models import LoraSettings, Policy, add_lora
 from rlft.report.shares import NAMES, draw_shares, phase_seconds, share_table
-from rlft.run import display, floor
-from rlft.run import meter as _meter
+from rlft.run import display
+from rlft.run.measure import device_limits as floor
+from rlft.run.measure import meter as _meter
 from tests.test_trainer import PAIRS, PROMPTS, digits_reward, trainer
 from tests.tiny import random_batch, tiny_llama
 
@@ -276,7 +277,7 @@ def test_an_unknown_device_is_said_and_gets_no_figure(monkeypatch: pytest.Monkey
     meter, of, notes = on_a(monkeypatch, "NVIDIA A10G", policy)
     assert notes == [
         "meter/mfu and meter/fraction_of_floor are left out: what a 'NVIDIA A10G' can do at most is not in the table "
-        "(rlft.run.floor.DEVICES)"
+        "(rlft.run.measure.device_limits.DEVICES)"
     ]
     meter.passed(_meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2), backward=True)
     assert not {"meter/mfu", "meter/fraction_of_floor"} & set(meter.flush(of))

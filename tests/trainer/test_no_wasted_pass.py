@@ -17,7 +17,7 @@ from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.models import Policy
 from rlft.objective import Objective
-from rlft.run import micro
+from rlft.run.step import micro_batches as micro
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, digest, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 

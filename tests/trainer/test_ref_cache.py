@@ -16,7 +16,7 @@ from rlft import Trainer
 from rlft.config import ConfigError
 from rlft.metrics import comparable, read_metrics
 from rlft.models.reference import Reference
-from rlft.run import ref_cache
+from rlft.run.keep import ref_logps as ref_cache
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, THUMBS, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, tiny_llama
 

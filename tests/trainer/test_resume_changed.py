@@ -18,7 +18,7 @@ from rlft import Trainer, recipes
 from rlft.config import Config, ConfigError
 from rlft.data import tokenize
 from rlft.errors import Interrupted
-from rlft.run import provenance
+from rlft.run.keep import record as provenance
 from tests.tiny import char_tokenizer, tiny_llama
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(12)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rlft import checkpoint
 from rlft.config import ConfigError
 from rlft.models.sharded import settle, whole_state
-from rlft.run import launched
+from rlft.run.processes import launch as launched
 from tests.launch import launch
 from tests.reliability.runs import digest
 from tests.tiny import tiny_llama

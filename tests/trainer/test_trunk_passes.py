@@ -11,7 +11,7 @@ import torch
 
 from rlft.models import Policy
 from rlft.models.scorer import CausalScorer
-from rlft.run import constants
+from rlft.run.step import passes as constants
 from rlft.types import Batch
 from tests.tiny import tiny_llama
 from tests.trainer.common import run

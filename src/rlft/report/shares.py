@@ -8,7 +8,7 @@ from typing import Any
 
 from rlft.report.curves import _STYLE, COLOURS, Rows, _matplotlib, _png
 from rlft.report.page import Table, make_table, number
-from rlft.run.meter import PHASES
+from rlft.run.measure.meter import PHASES
 
 __all__ = ["NAMES", "draw_shares", "phase_seconds", "share_table"]
 

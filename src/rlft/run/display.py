@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlft._redact import redact
-from rlft.run import controllers, correction, pairwise
+from rlft.run.step import comparisons as pairwise
+from rlft.run.step import correction
+from rlft.run.step import kl_control as controllers
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -81,7 +83,7 @@ def facts(trainer: Trainer) -> dict[str, str]:
         rows["sampler correction"] = ", ".join(f"{name} {value}" for name, value in options.items())
     rows["reference"] = getattr(trainer.policy, "reference_kind", "none").replace("_", " ")
     if c.precompute_ref_log_probs:
-        from rlft.run import ref_cache
+        from rlft.run.keep import ref_logps as ref_cache
 
         rows["reference"] += f", log-probs kept in {ref_cache.folder(trainer)}"
     rows["trains"] = f"{_count(trainable)} of {_count(total)} weights ({trainable / max(1, total):.1%})"

@@ -13,7 +13,14 @@ from rlft import checkpoint, reduce
 from rlft._failpoint import instant
 from rlft._redact import redact
 from rlft.metrics import MetricSums
-from rlft.run import constants, guard, meeting, micro, online, pairwise, parts, setup
+from rlft.run.processes import processes as meeting
+from rlft.run.setup import models as parts
+from rlft.run.setup import parts as setup
+from rlft.run.step import comparisons as pairwise
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import passes as constants
+from rlft.run.step import sampling as online
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:

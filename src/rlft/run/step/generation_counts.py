@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainingError
-from rlft.run import guard
+from rlft.run.step import update as guard
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

@@ -12,9 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlft._failpoint import instant
 from rlft.rollout import Rollout, SamplingParams
-from rlft.run import guard, pairwise, pairwise_rules, setup, tally, watchdog
-from rlft.run import old_logps as _old_logps
-from rlft.source import OnlineSource
+from rlft.run.setup import comparison_settings as pairwise_rules
+from rlft.run.setup import parts as setup
+from rlft.run.step import comparisons as pairwise
+from rlft.run.step import generation_counts as tally
+from rlft.run.step import old_logps as _old_logps
+from rlft.run.step import sampler_trust as watchdog
+from rlft.run.step import update as guard
+from rlft.run.step.source import OnlineSource
 from rlft.types import Batch
 
 if TYPE_CHECKING:

@@ -11,8 +11,11 @@ from torch.nn.functional import pad
 from rlft import reduce
 from rlft._terms import BEHAVIOUR, MOMENTS, REFERENCE
 from rlft.errors import TrainingError
-from rlft.run import controllers, guard, meeting, micro
-from rlft.run import old_logps as _old_logps
+from rlft.run.processes import processes as meeting
+from rlft.run.step import kl_control as controllers
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import old_logps as _old_logps
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -102,7 +105,7 @@ def no_grad_outputs(
         batch: any batch.
         want: which outputs, see :class:`rlft.models.Policy`.
         everything: every token of every row. Else tokens outside ``mask`` and rows that nothing reads are left 0.
-        alone: no process waits for another, see :func:`rlft.run.micro.without_gradient`.
+        alone: no process waits for another, see :func:`rlft.run.step.micro_batches.without_gradient`.
     """
     width = batch.completion_ids.shape[1]
     rows = torch.arange(batch.num_rows) if everything else _read(trainer, batch)

@@ -10,8 +10,10 @@ from rlft import losses
 from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run import controllers, correction, pairwise_rules
-from rlft.run.plan import steps_per_generation
+from rlft.run.setup import comparison_settings as pairwise_rules
+from rlft.run.step import correction
+from rlft.run.step import kl_control as controllers
+from rlft.run.step.batch_sizes import steps_per_generation
 
 if TYPE_CHECKING:
     pass

@@ -23,9 +23,9 @@ from rlft import _check, kl, reduce
 from rlft._terms import REFERENCE
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective, _exact_kl_loss, _sampled_kl_loss
-from rlft.run import guard
-from rlft.run.plan import steps_per_generation
-from rlft.source import OnlineSource
+from rlft.run.step import update as guard
+from rlft.run.step.batch_sizes import steps_per_generation
+from rlft.run.step.source import OnlineSource
 from rlft.types import Batch, LossOutput
 
 if TYPE_CHECKING:

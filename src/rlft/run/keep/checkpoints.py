@@ -24,8 +24,14 @@ from rlft._redact import redact
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.rollout import fold_seed
-from rlft.run import controllers, guard, meeting, provenance, resumed, rows_read, same_run
-from rlft.run.exported import export, exported_bytes, save_model, whole_weights, write_model
+from rlft.run.keep import record as provenance
+from rlft.run.keep import resume as resumed
+from rlft.run.keep import same_run
+from rlft.run.keep.export import export, exported_bytes, save_model, whole_weights, write_model
+from rlft.run.measure import streamed_rows as rows_read
+from rlft.run.processes import processes as meeting
+from rlft.run.step import kl_control as controllers
+from rlft.run.step import update as guard
 from rlft.runlock import RunLock, RunLockError
 
 if TYPE_CHECKING:

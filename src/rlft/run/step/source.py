@@ -55,7 +55,7 @@ class OfflineSource(_Ordered):
         make_batch: examples' indices -> Batch.
         prepare: fills in what the objective needs before the forward pass.
         split: Batch -> micro-batches.
-        together: what surrounds the work that this process does for itself, see :func:`rlft.run.meeting.together`.
+        together: what surrounds the work that this process does for itself, see :func:`rlft.run.processes.processes.together`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class OnlineSource(_Ordered):
         split: Batch -> micro-batches.
         iterations: passes over one generation.
         refill: dynamic sampling, or None.
-        together: what surrounds the work that this process does for itself, see :func:`rlft.run.meeting.together`.
+        together: what surrounds the work that this process does for itself, see :func:`rlft.run.processes.processes.together`.
     """
 
     def __init__(

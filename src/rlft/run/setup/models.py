@@ -16,7 +16,8 @@ import torch
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run import launched, meeting
+from rlft.run.processes import launch as launched
+from rlft.run.processes import processes as meeting
 
 if TYPE_CHECKING:
     pass

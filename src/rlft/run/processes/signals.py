@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -32,7 +32,7 @@ class Signals:
     """Whether this process of a run, or another one, was asked to stop.
 
     Processes that stopped by themselves would leave the others waiting. So there are two kinds of places to look. Inside
-    work that each process does for itself (:func:`rlft.run.meeting.together`: sampling, rewards, its share of an
+    work that each process does for itself (:func:`rlft.run.processes.processes.together`: sampling, rewards, its share of an
     evaluation) the one that was asked gives that work up, and says so in the store at which the processes met; the others
     find it there, give up too, and all of them meet at the end of the work, as after an error. Everywhere else they
     decide together, in a reduction that all of them come by.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlft.data.report import DataReport
-from rlft.run import display, meeting
+from rlft.run import display
+from rlft.run.processes import processes as meeting
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

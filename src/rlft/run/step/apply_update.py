@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlft._failpoint import instant
 from rlft.errors import TrainingError
-from rlft.run import guard
+from rlft.run.step import update as guard
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

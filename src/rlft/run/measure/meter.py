@@ -16,7 +16,7 @@ import torch
 
 from rlft.models.layout import LayoutUsed
 from rlft.run import display
-from rlft.run.floor import Device, ModelCost, device_named, model_cost
+from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer
@@ -76,7 +76,7 @@ class Meter:
     def _unknown(self, name: str) -> str | None:
         """What is missing for a comparison with what the device could do; None where nothing is."""
         if self._peak is None:
-            return f"what a {name!r} can do at most is not in the table (rlft.run.floor.DEVICES)"
+            return f"what a {name!r} can do at most is not in the table (rlft.run.measure.device_limits.DEVICES)"
         if self._cost is None:
             return "how many operations this model takes is not known (experts, or quantised weights)"
         return None

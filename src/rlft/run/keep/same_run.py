@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlft import checkpoint
 from rlft._redact import redact
 from rlft.config import Config, ConfigError, digest_of
-from rlft.run import display, provenance
+from rlft.run import display
+from rlft.run.keep import record as provenance
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

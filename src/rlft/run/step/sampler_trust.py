@@ -15,7 +15,9 @@ from torch import Tensor
 
 from rlft.rollout import Rollout, SamplingParams
 from rlft.rollout.draw import filter_logits
-from rlft.run import guard, micro, selfcheck
+from rlft.run.checks import before as selfcheck
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import update as guard
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft._terms import BEHAVIOUR, MOMENTS, Term
-from rlft.run import guard
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a run is made of beyond its settings: recorded in every checkpoint. :mod:`rlft.run.same_run` compares it.
+"""What a run is made of beyond its settings: recorded in every checkpoint. :mod:`rlft.run.keep.same_run` compares it.
 
 Settings name things; they do not hold them. A column that a reward reads, an objective or an adapter given as an object, the
 weights under an adapter and those of a reference or a reward model can all change while every setting stays as it was.

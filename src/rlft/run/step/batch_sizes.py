@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run import pairwise_rules
+from rlft.run.setup import comparison_settings as pairwise_rules
 
 if TYPE_CHECKING:
     pass

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rlft.errors import Interrupted, TrainingError, out_of_memory
 from rlft.rewards import RewardError
-from rlft.run import meeting, memory
+from rlft.run.processes import processes as meeting
+from rlft.run.step import out_of_memory as memory
 from rlft.types import Batch
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from rlft.rewards.call import When
 from rlft.rollout import Rollout, Sampler, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
-from rlft.run import guard, tally
-from rlft.run.pairwise_rules import plays, wants_pairs
+from rlft.run.setup.comparison_settings import plays, wants_pairs
+from rlft.run.step import generation_counts as tally
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def _record_pairs(trainer: Trainer, pairs: Pairs, won: Tensor) -> None:
 # -- an opponent ------------------------------------------------------------------------------------------------------------
 def _play(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, batch: Batch, *, seed: int) -> Batch:
     """Every answer meets one of the opponent's; ``win_rates`` is the probability that it wins."""
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     n = trainer.config.num_generations
     repeated = [e for e in examples for _ in range(n)]
@@ -259,7 +260,7 @@ def compare(trainer: Trainer, repeated: Sequence[Any], ours: Rollout, theirs: Ro
 
     Which of the two it sees first is drawn at random, so that a judge with a liking for a place is fair on average.
     """
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     keys = row_keys(fold_seed(seed, stream="judge"), len(repeated), 1)
     swapped = (uniforms(keys, torch.zeros_like(keys)) < 0.5).tolist()
@@ -273,7 +274,7 @@ def compare(trainer: Trainer, repeated: Sequence[Any], ours: Rollout, theirs: Ro
 
 def _round_robin(trainer: Trainer, examples: Sequence[Any], sampled: Rollout, usable: Tensor) -> Tensor:
     """``[P, n, n]``, the probability that answer i beats answer j: every two usable answers meet once; else NaN."""
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     n = trainer.config.num_generations
     repeated = [e for e in examples for _ in range(n)]
@@ -309,7 +310,7 @@ def _ask(
     trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
 ) -> Tensor:
     """Call the judge: a reward function that also gets ``opponents`` and returns probabilities."""
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     trainer.poll()
     with trainer.meter.phase("reward"):
@@ -331,7 +332,7 @@ def _ask(
 def _called(
     trainer: Trainer, examples: Sequence[Any], first: Sequence[Any], second: Sequence[Any], ids: Sequence[Sequence[int]]
 ) -> RewardOutput:
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     assert trainer.judge is not None
     columns = online.columns(examples)
@@ -349,7 +350,7 @@ def _called(
 
 def win_rate_of_greedy(trainer: Trainer, examples: Sequence[Any], sampled: Rollout) -> Tensor:
     """For evaluation: how often a greedy answer beats the reference's greedy answer, by the judge; ``[B]``."""
-    from rlft.run import online
+    from rlft.run.step import sampling as online
 
     assert trainer.baseline is not None
     theirs = trainer.baseline.sample(

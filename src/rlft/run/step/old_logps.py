@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlft.run import guard, selfcheck
+from rlft.run.checks import before as selfcheck
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:

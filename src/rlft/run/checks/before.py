@@ -18,7 +18,9 @@ from torch import Tensor
 
 from rlft.checkpoint import CheckpointError
 from rlft.errors import TrainingError
-from rlft.run import display, guard, state
+from rlft.run import display
+from rlft.run.keep import checkpoints as state
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def reference(trainer: Trainer) -> str | None:
     """The reference is the policy as it was passed, so both give the same log-probs."""
     if getattr(trainer.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
         return None
-    from rlft.run import constants
+    from rlft.run.step import passes as constants
 
     batch = probe_batch(trainer, trainer.train_data.examples[:2])
     outputs = constants.no_grad_outputs(trainer, batch, frozenset({"logps", "ref_logps"}), everything=True)

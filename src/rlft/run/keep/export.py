@@ -12,7 +12,8 @@ from torch import Tensor
 from rlft._failpoint import instant
 from rlft._files import disk_trouble, move, remove_tree, sync_dir, sync_file
 from rlft.errors import TrainingError
-from rlft.run import display, guard
+from rlft.run import display
+from rlft.run.step import update as guard
 
 if TYPE_CHECKING:
     from rlft.trainer import Trainer

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlft.run import display, guard, selfcheck
+from rlft.run import display
+from rlft.run.checks import before as selfcheck
+from rlft.run.step import update as guard
 from rlft.types import Batch
 
 if TYPE_CHECKING:

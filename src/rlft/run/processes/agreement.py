@@ -9,7 +9,7 @@ from typing import Any
 
 from rlft.config import Config
 from rlft.objective import Objective
-from rlft.run import meeting
+from rlft.run.processes import processes as meeting
 
 __all__ = ["check"]
 

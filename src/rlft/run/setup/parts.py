@@ -14,21 +14,14 @@ from rlft import recipes
 from rlft.config import Config, ConfigError
 from rlft.metrics import MetricSums
 from rlft.objective import Objective
-from rlft.run import (
-    arguments,
-    display,
-    guard,
-    identity,
-    launched,
-    meeting,
-    micro,
-    pairwise,
-    pairwise_rules,
-    provenance,
-    tally,
-)
-from rlft.run.checks import check_data, check_held_out, check_settings, check_tokens, note_positions
-from rlft.run.parts import (
+from rlft.run import display
+from rlft.run.keep import record as provenance
+from rlft.run.processes import agreement as identity
+from rlft.run.processes import launch as launched
+from rlft.run.processes import processes as meeting
+from rlft.run.setup import arguments
+from rlft.run.setup import comparison_settings as pairwise_rules
+from rlft.run.setup.models import (
     accelerator_for,
     adamw,
     check_trust,
@@ -43,8 +36,13 @@ from rlft.run.parts import (
     tokenized,
     tokenizer_for,
 )
-from rlft.run.plan import Plan, plan
-from rlft.source import OfflineSource, OnlineSource, Refill, Source
+from rlft.run.setup.settings import check_data, check_held_out, check_settings, check_tokens, note_positions
+from rlft.run.step import comparisons as pairwise
+from rlft.run.step import generation_counts as tally
+from rlft.run.step import micro_batches as micro
+from rlft.run.step import update as guard
+from rlft.run.step.batch_sizes import Plan, plan
+from rlft.run.step.source import OfflineSource, OnlineSource, Refill, Source
 from rlft.types import Batch
 
 if TYPE_CHECKING:
@@ -329,7 +327,7 @@ def trust_step(trainer: Trainer) -> Any:
     """What moves the policy in place of the optimizer, where the objective has a trust region; else None."""
     if trainer.objective.trust_region is None:
         return None
-    from rlft.run.trust_step import TrustStep
+    from rlft.run.step.trust_region import TrustStep
 
     return TrustStep(trainer)
 
