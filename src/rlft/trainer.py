@@ -11,6 +11,7 @@ One optimizer step::
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,32 +22,16 @@ from torch import Tensor
 
 from rlft._failpoint import instant
 from rlft.config import Config
-from rlft.errors import Interrupted, TrainingError
-from rlft.metrics import MetricsLog, MetricSums
+from rlft.metrics import MetricSums
 from rlft.objective import Objective
 from rlft.rollout import fold_seed
-from rlft.run import display, evaluate
-from rlft.run.checks import before as selfcheck
-from rlft.run.checks import first_step
-from rlft.run.keep import checkpoints as _state
-from rlft.run.keep import record as provenance
-from rlft.run.keep import ref_logps as ref_cache
-from rlft.run.measure import streamed_rows as rows_read
-from rlft.run.measure.meter import Meter
-from rlft.run.processes import processes as meeting
-from rlft.run.processes import signals
+from rlft.run import display
+from rlft.run.callbacks import CallbackHandler
+from rlft.run.measure.journal import Journal
 from rlft.run.setup import arguments
-from rlft.run.setup import parts as setup
-from rlft.run.step import apply_update as _update
-from rlft.run.step import correction
-from rlft.run.step import generation_counts as tally
-from rlft.run.step import kl_control as controllers
-from rlft.run.step import micro_batches as micro
-from rlft.run.step import passes as constants
-from rlft.run.step import sampler_trust as watchdog
-from rlft.run.step import sampling as online
-from rlft.run.step import update as guard
-from rlft.schedule import learning_rate
+from rlft.run.setup.objective import objective_for
+from rlft.run.setup.parts import Given, build
+from rlft.run.setup.wiring import Stages, connect
 from rlft.types import Batch
 
 __all__ = ["Trainer"]
@@ -71,7 +56,12 @@ class Trainer:
         ref_model: reference; default: the policy as it was passed.
         sampler: a :class:`~rlft.rollout.Sampler`; default by ``args.sampler``.
         optimizers: (optimizer or None, None); the learning rate follows ``args`` unless an optimizer is given.
-        callbacks: called as ``callback(event, trainer, values)`` for ``step``, ``evaluate``, ``save`` and ``end``.
+        callbacks: functions, called as ``callback(event, trainer, values)`` for ``step``, ``evaluate``, ``save`` and
+            ``end``, and ``transformers.TrainerCallback`` objects.
+
+    Attributes:
+        state: how far the run is, a :class:`~rlft.run.progress.Progress`: ``global_step``, ``max_steps``, ``epoch``,
+            ``log_history``, ``best_metric``.
 
     Raises:
         ConfigError: for settings that cannot work, before anything is loaded where possible.
@@ -95,24 +85,10 @@ class Trainer:
         ref_model: Any = None,
         sampler: Any = None,
         optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
-        callbacks: Iterable[Callback] = (),
+        callbacks: Iterable[Any] = (),
     ) -> None:
         self.config = arguments.settings(args)
-        arguments.check_kinds(
-            model=model,
-            objective=objective,
-            processing_class=processing_class,
-            reward_funcs=reward_funcs,
-            judge=judge,
-            peft_config=peft_config,
-            sampler=sampler,
-            optimizers=optimizers,
-        )
-        self.callbacks = arguments.callbacks(callbacks)
-        self.objective = setup.objective(self.config, objective)
-        parts = setup.build(
-            self.config,
-            self.objective,
+        given = Given(
             model=model,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -122,72 +98,67 @@ class Trainer:
             peft_config=peft_config,
             ref_model=ref_model,
             sampler=sampler,
-            optimizer=optimizers[0],
+            optimizer=arguments.optimizer(optimizers),
         )
-        self.accelerator, self.tokenizer, self.policy = parts.accelerator, parts.tokenizer, parts.policy
-        self.model, self.optimizer = parts.model, parts.optimizer
-        self.train_data, self.eval_data = parts.train_data, parts.eval_data
-        self.rewards, self.sampler, self.replay = parts.rewards, parts.sampler, parts.replay
-        self.judge, self.opponent = parts.judge, parts.players.opponent
-        self.average, self.baseline = parts.players.average, parts.players.baseline
-        self.plan, self.own_schedule = parts.plan, optimizers[0] is None
-        self.made_of = provenance.of(self, parts.hashes)
-        self.kl_control = controllers.make(self)
-        self.objective = correction.apply(self)
-        self.source = setup.source(self)
-        self.trust_step = setup.trust_step(self)
-        self.step = 0
-        self.tokens_seen = 0
-        self.unscored_steps = 0
-        self.nonfinite_steps = 0
-        self.sampler_fault: str | None = None
-        self.sampler_agrees: bool | None = None  # its log-probs with the policy's; None: not yet compared
-        self.meter = Meter(self.device)
-        self.ref_logps = ref_cache.RefLogps()
-        self.first_step: first_step.FirstStep | None = None
-        self.equal_steps = 0
-        self.tally = tally.Tally()
-        self.all_masked = False
-        self.told: set[str] = set()
-        self.failures = meeting.Failures()
-        self.rollouts = 0
-        self.evaluated_at = -1
-        self.evaluating = False
-        self.finished = False
-        self.checked = False  # the first step has passed its checks, or they are off
-        self.resumed_from: dict[str, str] | None = None  # the checkpoint that was asked for by name
-        self.run_dir = Path(self.config.output_dir)
-        self.metrics: MetricSums = MetricSums()
-        self.metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", enabled=False)
-        self.signals = signals.Signals()
-        self._boundary: _state.Light | None = None  # None: the present state is one
+        arguments.check_kinds(given, objective)
+        self.callbacks = arguments.callbacks(callbacks)
+        self.objective = objective_for(self.config, objective)
+        parts = build(self.config, self.objective, given)
+        # what a run is made of, and is not replaced
+        self.state, self.processes, self.accelerator = parts.progress, parts.processes, parts.processes.accelerator
+        self.tokenizer, self.policy, self.model = parts.tokenizer, parts.policy, parts.model
+        self.train_data, self.eval_data, self.optimizer = parts.train_data, parts.eval_data, parts.optimizer
+        self.rewards, self.judge, self.sampler, self.plan = parts.rewards, parts.judge, parts.sampler, parts.sizes
+        self.run_dir, self.online = parts.run_dir, parts.online
+        self.device, self.rank = self.processes.device, self.processes.rank
+        self.world_size, self.is_main = self.processes.world_size, self.processes.is_main
+        #: Log-probs are those of the distribution that sampled: its temperature divides the logits.
+        self.scoring_temperature = self.config.temperature if self.online else 1.0
+        # the owners of everything that moves
+        self.journal = Journal(self.processes, self.state, self.run_dir, quiet=self.config.disable_tqdm)
+        self.callback_handler = CallbackHandler(
+            self.callbacks, self, processes=self.processes, progress=self.state, config=self.config
+        )
+        made = connect(
+            self.config,
+            self.objective,
+            parts,
+            Stages(
+                rollout=lambda indices, step: self.rollout(indices, step),
+                score=lambda *rows: self.score(*rows),
+                prepare=lambda batch: self.prepare(batch),
+                forward=lambda batch, want: self.forward(batch, want),
+                save_model=lambda folder: self.save_model(folder),
+            ),
+            journal=self.journal,
+            callbacks=self.callback_handler,
+            temperature=self.scoring_temperature,
+            own_schedule=given.optimizer is None,
+        )
+        self.objective, self.source, self.micro_batches = made.objective, made.source, made.micro_batches
+        self.collate, self.counts, self.errors, self.sampling = made.collate, made.counts, made.errors, made.sampling
+        self.kl_control, self.passes, self.trust_region = made.kl_control, made.passes, made.trust_region
+        self.update, self.watchers, self.evaluation = made.update, made.watchers, made.evaluation
+        self.checkpoints, self.export, self.files = made.checkpoints, made.export, made.files
+        self.streamed_rows, self.ref_logps = made.streamed_rows, made.ref_logps
+        self.self_checks, self.first_step = made.self_checks, made.first_step
+        self.callback_handler.call("init", {})
 
     # -- where this process stands ----------------------------------------------------------------------------------
     @property
-    def online(self) -> bool:
-        """Whether answers are sampled during training."""
-        return self.rewards is not None or self.judge is not None
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
 
     @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    def tokens_seen(self) -> int:
+        """Tokens trained on, over all processes."""
+        return self.state.tokens_seen
 
     @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def scoring_temperature(self) -> float:
-        """Log-probs are those of the distribution that sampled: its temperature divides the logits."""
-        return self.config.temperature if self.online else 1.0
+    def metrics(self) -> MetricSums:
+        """What the next logged row is made of; add to it from an override."""
+        return self.journal.metrics
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
@@ -205,132 +176,142 @@ class Trainer:
             Interrupted: after SIGTERM or SIGUSR1; the run was saved.
         """
         with (
-            _state.locked(self, resume_from_checkpoint),
-            self.signals.heeded(self.world_size),
+            self.checkpoints.locked(resume_from_checkpoint),
+            self.processes.signals.heeded(self.world_size),
             contextlib.closing(self.source),
         ):
-            offset = _state.resume(self, resume_from_checkpoint)
-            if self.is_main:
-                display.start(self, resumed=offset is not None)
-            if self.finished:
-                _state.export(self, again=False)  # the run may have been killed between its last checkpoint and this
-                display.say(self, f"this run is complete ({self.step} steps); nothing to do")
+            offset = self.checkpoints.resume(resume_from_checkpoint)
+            if self.kl_control is not None:
+                self.objective = self.kl_control.steered(self.objective)
+            display.start(self, resumed=offset is not None)
+            if self.state.finished:
+                self.export.finish(again=False)  # the run may have been killed between its last checkpoint and this
+                self.journal.say(f"this run is complete ({self.step} steps); nothing to do")
                 return {}
-            self.metrics_log = _state.open_log(self, offset)
+            self.files.begin(self.journal, self.train_data.report, offset)
             if offset is None:
-                _state.seed(self)
-            self._boundary = None
+                self.checkpoints.seed()
+            self.checkpoints.step_ended()
             self.source.start()
-            if self.step == 0:
-                selfcheck.before(self)
-            if not self.checked:
-                self.first_step = first_step.watch(self)
-            self.meter.start(self)
+            self._begin_watching()
             try:
                 last = self._loop()
             except Exception as error:
-                guard.lost_peer(self, error)
-                if guard.saves(self, error):
-                    _state.save_boundary(self, stopping=True)
+                self.processes.explain_lost_peer(error, self.run_dir)
+                if self.processes.saves(error):
+                    self.checkpoints.save_boundary(stopping=True)
                 raise
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-            self._call("end", last)
-            display.end(self, last)
+            self.callback_handler.call("end", last)
+            display.end(self.config, self.state, last, self.journal.meter.shares())
         return last
+
+    def _begin_watching(self) -> None:
+        """Self-checks before the first step, and those that see it; the meter and the callbacks begin."""
+        if self.step == 0:
+            self.self_checks.run()
+        if not self.state.checked and self.first_step is not None:
+            # first in the list: it compares frozen weights before a watcher moves a reference
+            self.watchers.insert(0, self.first_step())
+        if self.callback_handler.sees_updates:
+            self.watchers.append(self.callback_handler)
+        self.journal.start(self.policy, mixed_precision=self.config.mixed_precision)
+        self.callback_handler.call("begin", {})
 
     def _loop(self) -> dict[str, float]:
         last: dict[str, float] = {}
-        with guard.explained(self, "ref_cache"):
-            self.ref_logps = ref_cache.prepare(self)
+        if self.ref_logps is not None:
+            with self.errors.explained("ref_logps"):
+                self.collate.ref_logps = self.ref_logps.of({"training": self.train_data, "held-out": self.eval_data})
         if self._evaluation_due():
             last |= self._evaluate_and_log()
-        with display.progress(self) as bar:
-            while self.step < self.plan.total_steps:
-                last |= self._one_step()
+        stop = self.callback_handler.asked().should_training_stop
+        with display.progress(self.config, self.objective.name, self.state) as bar:
+            while self.step < self.state.max_steps and not stop:
+                values, stop = self._one_step()
+                last |= values
                 bar(last)
-        if self.eval_data is not None and self.evaluated_at != self.step:
+        if self.eval_data is not None and self.state.evaluated_at != self.step:
             last |= self._evaluate_and_log()
-        if (rows := rows_read.total(self)) is not None and self.is_main:
-            _state.write_summary(self, rows)
-        self.finished = True
-        _state.save(self)
-        _state.export(self)
+        if self.streamed_rows is not None:
+            rows = self.streamed_rows.total()
+            if self.is_main:
+                self.files.write_summary(rows)
+        self.state.finished = True
+        self.checkpoints.save()
+        self.export.finish()
         return last
 
     def _evaluation_due(self) -> bool:
         """Whether this step's evaluation is still to be done: one that a signal cut short is done after the resume."""
-        if self.eval_data is None or self.evaluated_at == self.step:
+        if self.eval_data is None or self.state.evaluated_at == self.step:
             return False
         if self.step == 0:
             return self.config.eval_on_start
         return bool(self.config.eval_steps) and self.step % (self.config.eval_steps or 1) == 0
 
-    def _one_step(self) -> dict[str, float]:
-        self._boundary = _state.light(self)
+    def _one_step(self) -> tuple[dict[str, float], bool]:
+        """A step with what comes after it; its metrics, and whether a callback ends the run."""
+        c, callbacks = self.config, self.callback_handler
+        self.checkpoints.step_begins()
+        callbacks.step_begins()
         started = time.perf_counter()
-        controllers.before_step(self)
         values = self.train_step()
-        self.step += 1
-        values |= controllers.after_step(self)
-        online.move_reference(self)
-        if self.average is not None:
-            self.average.update()
+        self.state.step += 1
         values |= {"step_time": time.perf_counter() - started, "num_tokens": float(self.tokens_seen)}
-        if self.step % self.config.logging_steps == 0 or self.step == self.plan.total_steps:
-            values = self._flush_metrics() | values
-            self.log(values)
-            online.watch_flips(self, values)
-        self._boundary = None  # the weights have moved: from here to the next step the present state is the boundary
-        self._call("step", values)
-        if self._evaluation_due():
+        due = self.step % c.logging_steps == 0 or self.step == self.state.max_steps
+        if due:
+            values = self._log_step(values)
+        self.checkpoints.step_ended()
+        callbacks.step_ended(values)
+        asked = callbacks.asked()
+        if asked.should_log and not due:
+            values = self._log_step(values)
+        if self._evaluation_due() or (asked.should_evaluate and self.eval_data is not None):
             values |= self._evaluate_and_log()
-        if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.plan.total_steps:
-            _state.save(self)
+            asked = callbacks.asked()
+        if asked.should_save or (c.save_steps and self.step % c.save_steps == 0 and self.step < self.state.max_steps):
+            self.checkpoints.save()
+            asked = callbacks.asked()
         self.poll(boundary=True)
+        return values, asked.should_training_stop
+
+    def _log_step(self, values: dict[str, float]) -> dict[str, float]:
+        measured = self.journal.flush()
+        if self.streamed_rows is not None:
+            measured |= self.streamed_rows.metrics()
+        values = measured | values
+        self.log(values)
+        for watcher in self.watchers:
+            watcher.logged(values)
         return values
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
-        with guard.explained(self):
+        with self.errors.explained():
             with instant("train.batch"):
                 micro_batches = self.source.next(self.step)
-            watchdog.verdict(self)
             denominators = self.count(micro_batches)
-            if self.first_step is not None:
-                self.first_step.counted(micro_batches, denominators)
-            micro_batches = self._equal_counts(micro.without_idle_rows(self, micro_batches))
-            update = self._anything_to_learn(denominators)
+            for watcher in self.watchers:
+                watcher.begins(micro_batches, denominators)
+            micro_batches = self.micro_batches.for_training(micro_batches)
+            learns = self.counts.anything_to_learn(denominators)
             started = time.perf_counter()
-            if self.trust_step is not None and update:
-                micro_batches = self.trust_step.begin(micro_batches)
-            loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for index, batch in enumerate(micro_batches):
-                if index:
-                    self.poll(boundary=meeting.on_cpu())
-                last = index == len(micro_batches) - 1
-                with (
-                    contextlib.nullcontext() if last else self.accelerator.no_sync(self.model),
-                    instant("train.backward"),
-                    self.meter.phase("forward_backward"),
-                ):
-                    part = guard.with_gradient(self, self.compute_loss(batch, denominators))
-                    micro.note_layout(self, batch)
-                    # DistributedDataParallel averages gradients over processes; the denominators are global already
-                    self.accelerator.backward(part * self.world_size)
-                loss += part.detach().double()
-            loss = self.accelerator.reduce(loss, reduction="sum")
-        if self.first_step is not None:
-            self.first_step.before_update()
-        norm = self.optimizer_step(float(loss), update=update)
-        moved = update and norm > 0 and _finite(norm) and self.optimizer.param_groups[0]["lr"] > 0
-        if self.first_step is not None and self.first_step.after_update(moved=moved):
-            self.first_step = None
-        values = {"loss": float(loss), "grad_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if self.trust_step is not None and not self.trust_step.of_critic:
-            del values["learning_rate"]
-        if self.config.max_nonfinite_steps:
-            values["nonfinite_steps"] = float(self.nonfinite_steps)
+            if self.trust_region is not None and learns:
+                micro_batches = self.trust_region.begin(micro_batches, self.objective)
+            loss = self._gradient(micro_batches, denominators)
+            for watcher in self.watchers:
+                watcher.before_update(loss)
+        norm = self.optimizer_step(loss, update=learns)
+        values = {"loss": loss, "grad_norm": norm, **self.update.facts()}
+        moved = learns and math.isfinite(norm) and norm > 0 and self.update.rate > 0 and not self.update.taken_back
+        for watcher in self.watchers:
+            values |= watcher.after_update(moved=moved)
+        if any(watcher.done for watcher in self.watchers):
+            self.watchers = [watcher for watcher in self.watchers if not watcher.done]
+        if self.kl_control is not None:
+            self.objective = self.kl_control.steered(self.objective)
         return values | {"update_time": time.perf_counter() - started}
 
     def count(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -339,10 +320,20 @@ class Trainer:
         local = sum((self.objective.denominators(b) for b in micro_batches), none)
         assert isinstance(local, Tensor)
         tokens = torch.tensor([float(sum(b.num_tokens for b in micro_batches))], dtype=torch.float64)
-        both = torch.cat([local.double().cpu(), tokens]).to(self.device)
-        both = self.accelerator.reduce(both, reduction="sum")
-        self.tokens_seen += int(both[-1])
+        both = self.processes.sum(torch.cat([local.double().cpu(), tokens]))
+        self.state.tokens_seen += int(both[-1])
         return both[:-1].cpu()
+
+    def _gradient(self, micro_batches: list[Batch], denominators: Tensor) -> float:
+        """Backward passes; the step's loss over all processes."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.micro_batches.one_by_one(micro_batches, self.model):
+            with instant("train.backward"), self.journal.phase("forward_backward"):
+                loss = self.compute_loss(batch, denominators)
+                self.micro_batches.note_layout(self.policy, batch)
+                self.update.backward(loss, self.objective.name)
+            total += loss.detach().double()
+        return float(self.processes.sum(total))
 
     def compute_loss(self, batch: Batch, denominators: Tensor) -> Tensor:
         """Forward pass and objective of one micro-batch.
@@ -354,17 +345,15 @@ class Trainer:
         Returns:
             A scalar; its sum over micro-batches and processes is the step's loss.
         """
-        outputs = self.forward(batch, self._wanted(batch))
-        if self.first_step is not None:
-            self.first_step.saw(batch, outputs)
-        if (loss := guard.poisoned(self, outputs, batch)) is not None:
+        outputs = self.forward(batch, self.passes.wanted(batch, self.objective))
+        if (loss := self.update.poisoned(outputs, batch)) is not None:
             return loss
-        with guard.raw_outputs(self, outputs, batch):
+        with self.update.raw_outputs(outputs, batch):
             loss, results = self.objective.compute(outputs, batch, denominators)
         for term, result in zip(self.objective.terms, results, strict=True):
             self.metrics.add_output(result, term.mask(batch))
-        controllers.observe(self, batch, outputs, results)
-        correction.record(self, batch, outputs)
+        for watcher in self.watchers:
+            watcher.saw(batch, outputs, results)
         if "entropy" in outputs:
             self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
         return loss
@@ -388,17 +377,6 @@ class Trainer:
             return model(batch, want=want | {"scores"})
         return model(batch, want=want, temperature=self.scoring_temperature)
 
-    def _wanted(self, batch: Batch) -> frozenset[str]:
-        wanted = set(self.objective.forward_needs)
-        if batch.ref_logps is not None:
-            wanted -= {"ref_logps"}
-        if self.online:
-            wanted |= {"entropy"}
-        # a value is also read at the answer's start, which may be masked
-        return frozenset(
-            wanted | (set() if {"values", "scores"} & self.objective.needs else constants.mask_only(batch))
-        )
-
     def optimizer_step(self, loss: float, *, update: bool = True) -> float:
         """Measure, guard, clip and apply the gradient.
 
@@ -413,17 +391,7 @@ class Trainer:
             TrainingError: when loss, gradient or an updated weight is not finite, more often than
                 ``max_nonfinite_steps``; nothing was applied.
         """
-        return _update.step(self, loss, update=update)
-
-    def _rate(self, step: int) -> float:
-        c = self.config
-        return learning_rate(
-            step,
-            peak=c.learning_rate,
-            schedule=c.lr_scheduler_type,
-            warmup_steps=c.warmup_steps,
-            total_steps=self.plan.total_steps,
-        )
+        return self.update.apply(loss, update=update)
 
     # -- stages made to be overridden ------------------------------------------------------------------------------
     def rollout(self, indices: Sequence[Any], step: int) -> Batch:
@@ -433,9 +401,10 @@ class Trainer:
             indices: examples of the training data (of a stream, the examples themselves).
             step: optimizer steps taken. The seed comes from the number of generations so far and the rank.
         """
-        seed = fold_seed(self.config.seed, rank=self.rank, step=self.rollouts)
-        self.rollouts += 1
-        return online.rollout(self, self.train_data.pick(indices), seed=seed)
+        assert self.sampling is not None
+        seed = fold_seed(self.config.seed, rank=self.rank, step=self.state.generations)
+        self.state.generations += 1
+        return self.sampling.draw(self.train_data.pick(indices), seed=seed)
 
     def score(
         self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]
@@ -450,34 +419,41 @@ class Trainer:
         Returns:
             A :class:`rlft.rewards.RewardOutput`, one row per completion.
         """
-        return online.score(self, examples, completions, completion_ids)
+        assert self.sampling is not None
+        return self.sampling.score(examples, completions, completion_ids)
 
     def prepare(self, batch: Batch) -> Batch:
         """Fill in what must be known before the first forward pass: old and reference log-probs, values, advantages."""
-        with guard.explained(self, "constants"):
-            return constants.prepared(self, batch)
+        with self.errors.explained("prepare"):
+            return self.passes.prepared(batch, self.objective)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics on held-out data, prefixed ``eval_``. Offline: the objective's; online: rewards of greedy answers."""
-        return evaluate.run(self, eval_dataset)
+        return self.evaluation.run(self.objective, eval_dataset)
 
     def log(self, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, and to the trackers.
 
         Args:
             values: metric name -> number.
-            log: the run's metrics.jsonl.
         """
-        if self.is_main:
-            self.metrics_log.write(self.step, values)
-        self.accelerator.log(values, step=self.step)
+        self.journal.write(values)
+        self.callback_handler.call("log", values)
 
     def save_model(self, folder: str | Path) -> None:
         """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft.
 
         The main process writes. Under FSDP all processes must call this.
         """
-        _state.save_model(self, folder)
+        self.export.save_model(Path(folder))
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback to those that the Trainer was made with.
+
+        Args:
+            callback: a function ``(event, trainer, values)``, or a ``transformers.TrainerCallback`` object or class.
+        """
+        self.callbacks += arguments.callbacks([callback])
 
     def poll(self, *, boundary: bool = False) -> None:
         """Stop where a signal asked for it, to this process or another: all of them leave at the same step.
@@ -490,52 +466,13 @@ class Trainer:
         Raises:
             Interrupted: after a signal.
         """
-        if self.signals.asked(self, everywhere=boundary):
-            raise Interrupted(self.step)
-
-    # -- inner ---------------------------------------------------------------------------------------------------------
-    def _anything_to_learn(self, denominators: Tensor) -> bool:
-        """Whether the step has anything to train on; a generation whose answers are all masked stops the run."""
-        if bool((denominators > 0).any()):
-            return True
-        if self.all_masked:
-            raise TrainingError(
-                f"step {self.step + 1}: no token of the whole batch is trained on: every answer was masked, as those "
-                f"without an end are with mask_truncated_completions. Raise max_completion_length (now "
-                f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
-            )
-        guard.told(self, "empty", f"step {self.step + 1}: nothing could be trained on, so the weights stay as they are")
-        return False
-
-    def _equal_counts(self, micro_batches: list[Batch]) -> list[Batch]:
-        """As many micro-batches on every process: sharded forward passes wait for each other. Empty ones are masked."""
-        batches = [b.to(self.device) for b in micro_batches]
-        if self.world_size == 1:
-            return batches
-        counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.device))
-        if not batches:
-            raise TrainingError(
-                f"step {self.step + 1}: process {self.rank} has no examples; use a larger dataset or fewer processes"
-            )
-        return batches + [micro.blank(batches[0])] * (int(counts.max()) - len(batches))
-
-    def _flush_metrics(self) -> dict[str, float]:
-        values = setup.gather_metrics(self.accelerator, self.metrics)
-        self.metrics = MetricSums()
-        return values | rows_read.metrics(self) | self.meter.flush(self)
+        self.processes.poll(boundary=boundary)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        with guard.explained(self, "evaluate"), self.meter.phase("evaluate"):
+        with self.errors.explained("evaluate"), self.journal.phase("evaluate"):
             values = self.evaluate()
         self.log(values)
-        self.evaluated_at = self.step
-        self._call("evaluate", values)
+        self.state.evaluated_at = self.step
+        if self.callback_handler.evaluated(values):
+            self.checkpoints.save()
         return values
-
-    def _call(self, event: str, values: Mapping[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback(event, self, values)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

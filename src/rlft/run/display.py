@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlft._redact import redact
-from rlft.run.step import comparisons as pairwise
-from rlft.run.step import correction
-from rlft.run.step import kl_control as controllers
+from rlft.config import Config
+from rlft.run.checks.before import peak_memory
+from rlft.run.keep.ref_logps import ref_logps_dir
+from rlft.run.measure.meter import byte_size, short_number
+from rlft.run.progress import Progress
+from rlft.run.step.correction import correction_settings
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = [
-    "byte_size",
-    "end",
-    "facts",
-    "meter_line",
-    "note",
-    "peak_memory",
-    "progress",
-    "quiet_transformers",
-    "say",
-    "start",
-    "table",
-    "warn",
-]
-
-logger = logging.getLogger("rlft")
+__all__ = ["end", "facts", "meter_line", "progress", "start", "table"]
 
 #: Shown beside the bar, the first few that exist.
 _SHOWN = {
@@ -61,51 +45,50 @@ _METER = {
 }
 
 
-def _title(trainer: Trainer) -> str:
-    return redact(trainer.config.run_name or trainer.objective.name)
-
-
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, soft_wrap=False)
 
 
-def facts(trainer: Trainer) -> dict[str, str]:
+def facts(trainer: Any) -> dict[str, str]:
     """What this run optimises, on what, with what: the rows of the table shown before it starts."""
     c, p = trainer.config, trainer.plan
     trainable = sum(t.numel() for t in trainer.policy.parameters() if t.requires_grad)
     total = sum(t.numel() for t in trainer.policy.parameters())
     rows = dict(trainer.objective.describe())
-    if (controller := controllers.describe(trainer)) is not None:
-        rows["KL controller"] = controller
-    if (options := correction.settings(c)) is not None:
+    if trainer.kl_control is not None:
+        rows["KL controller"] = trainer.kl_control.describe()
+    if (options := correction_settings(c)) is not None:
         rows["sampler correction"] = ", ".join(f"{name} {value}" for name, value in options.items())
     rows["reference"] = getattr(trainer.policy, "reference_kind", "none").replace("_", " ")
     if c.precompute_ref_log_probs:
-        from rlft.run.keep import ref_logps as ref_cache
-
-        rows["reference"] += f", log-probs kept in {ref_cache.folder(trainer)}"
-    rows["trains"] = f"{_count(trainable)} of {_count(total)} weights ({trainable / max(1, total):.1%})"
+        rows["reference"] += f", log-probs kept in {ref_logps_dir(c)}"
+    rows["trains"] = f"{short_number(trainable)} of {short_number(total)} weights ({trainable / max(1, total):.1%})"
     data = trainer.train_data
     size = "a stream of" if c.streaming else f"{len(data.examples)}"
     rows["data"] = f"{size} {data.format} rows" + (
         f", {len(trainer.eval_data.examples)} held out" if trainer.eval_data is not None else ""
     )
-    if trainer.online:
+    if trainer.sampling is not None:
         rows["samples"] = (
             f"{c.num_generations} per prompt, {p.groups_per_step * c.num_generations * trainer.world_size} per step; "
             f"temperature {c.temperature:g}, at most {c.max_completion_length} tokens"
         )
-        if trainer.rewards is not None:
+        if (rewards := trainer.sampling.rewards) is not None:
             rows["rewards"] = ", ".join(
                 name if weight == 1 else f"{weight:g} x {name}"
-                for name, weight in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
+                for name, weight in zip(rewards.names, rewards.weights, strict=True)
             )
-        rows |= pairwise.describe(trainer)
+        if trainer.sampling.comparisons is not None:
+            rows |= trainer.sampling.comparisons.describe()
     else:
         rows["per step"] = f"{p.groups_per_step * trainer.world_size} examples"
-    rows["tokens per step"] = f"about {_count(_tokens_per_step(trainer))}"
+    looked_at = data.examples[:200]
+    prompt = sum(len(e.prompt_ids) for e in looked_at) / len(looked_at)
+    answers = sum(len(a.ids) for e in looked_at for a in e.completions) / len(looked_at)
+    answers = c.num_generations * c.max_completion_length if trainer.online else answers
+    rows["tokens per step"] = f"about {short_number(int(p.groups_per_step * trainer.world_size * (prompt + answers)))}"
     rows["micro-batches"] = (
         f"at most {p.micro_batch_rows} answers"
         if c.max_tokens_per_micro_batch is None
@@ -113,48 +96,18 @@ def facts(trainer: Trainer) -> dict[str, str]:
         + (", groups whole" if trainer.objective.needs_groups else "")
     )
     adam = f"AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
-    if trainer.trust_step is not None:
-        adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trainer.trust_step.of_critic else "no optimizer"
+    if trainer.trust_region is not None:
+        adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trainer.trust_region.of_critic else "no optimizer"
     epochs = f" ({p.total_steps / p.steps_per_epoch:.2f} epochs)" if p.steps_per_epoch else ""
     rows["steps"] = f"{p.total_steps}{epochs}, {adam}"
     rows["processes"] = f"{trainer.world_size} on {trainer.device}" + (
         f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
     )
-    rows["memory"] = _memory(trainer)
+    estimate = peak_memory(c, trainer.objective, p, trainer.policy, data, online=trainer.online)
+    parts = ", ".join(f"{name} {byte_size(size)}" for name, size in estimate.items() if size)
+    rows["memory"] = f"about {byte_size(sum(estimate.values()))} at the longest rows ({parts})"
     rows["output"] = str(trainer.run_dir)
     return rows
-
-
-def _tokens_per_step(trainer: Trainer) -> int:
-    sample = trainer.train_data.examples[:200]
-    prompt = sum(len(e.prompt_ids) for e in sample) / len(sample)
-    groups = trainer.plan.groups_per_step * trainer.world_size
-    if trainer.online:
-        return int(groups * (prompt + trainer.config.num_generations * trainer.config.max_completion_length))
-    answers = sum(len(c.ids) for e in sample for c in e.completions) / len(sample)
-    return int(groups * (prompt + answers))
-
-
-def peak_memory(trainer: Trainer) -> dict[str, int]:
-    """Bytes of a step on the longest rows, by what they are for; see :func:`rlft.models.memory_estimate`."""
-    from rlft.models import memory_estimate
-
-    examples = trainer.train_data.examples
-    prompt = max(len(e.prompt_ids) for e in examples)
-    answer = max((len(c.ids) for e in examples for c in e.completions), default=0)
-    row = prompt + (trainer.config.max_completion_length if trainer.online else answer)
-    longest = trainer.plan.micro_batch_rows * row
-    if (budget := trainer.config.max_tokens_per_micro_batch) is not None:
-        group = row * max(1, trainer.plan.micro_batch_rows // trainer.plan.micro_batch_groups)
-        least = group if trainer.objective.needs_groups else row  # what is never split
-        longest = max(least, min(budget, group * trainer.plan.groups_per_step))
-    return memory_estimate(trainer.policy, tokens=longest, gradient_checkpointing=trainer.config.gradient_checkpointing)
-
-
-def _memory(trainer: Trainer) -> str:
-    estimate = peak_memory(trainer)
-    parts = ", ".join(f"{name} {byte_size(size)}" for name, size in estimate.items() if size)
-    return f"about {byte_size(sum(estimate.values()))} at the longest rows ({parts})"
 
 
 def table(title: str, rows: Mapping[str, str]) -> Any:
@@ -170,49 +123,49 @@ def table(title: str, rows: Mapping[str, str]) -> Any:
     return made
 
 
-def start(trainer: Trainer, resumed: bool) -> None:
+def start(trainer: Any, *, resumed: bool) -> None:
     """The table of what this run optimises, the data report, and one row as it is trained on."""
-    if trainer.config.disable_tqdm:
+    if trainer.config.disable_tqdm or not trainer.is_main:
         return
-    console = _console()
     resumed_at = f", resumed at step {trainer.step}" if resumed else ""
-    console.print(table(f"rlft: {_title(trainer)}{resumed_at}", redact(facts(trainer))))
+    title = redact(trainer.config.run_name or trainer.objective.name)
+    _console().print(table(f"rlft: {title}{resumed_at}", redact(facts(trainer))))
     report = trainer.train_data.report
     if report.skipped or report.kept != report.rows:
         print(redact(str(report)))
     if trainer.config.checks_itself("sample"):
-        _show_sample(trainer, console)
+        _sample(trainer.train_data.examples[0], trainer.tokenizer)
 
 
-def _show_sample(trainer: Trainer, console: Any) -> None:
-    """The first row, decoded with its special tokens; trained tokens in colour, or in brackets where there is none."""
+def _sample(example: Any, tokenizer: Any) -> None:
+    """A row, decoded with its special tokens; trained tokens in colour, or in brackets where there is none."""
     from rich.text import Text
 
     from rlft.data import preview
 
-    example = trainer.train_data.examples[0]
+    console = _console()
     colour = console.is_terminal and not console.no_color
     told = "one prompt as the policy sees it"
     if example.completions:
         told = f"one row as it is trained on ({'trained tokens highlighted' if colour else 'trained tokens in [| |]'})"
     console.print(Text(told, style="bold"))
-    text = redact(preview(example, trainer.tokenizer, colour=colour))
+    text = redact(preview(example, tokenizer, colour=colour))
     console.print(Text.from_ansi(text) if colour else Text(text), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def progress(config: Config, name: str, state: Progress) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """A progress bar on a terminal, a line now and then elsewhere."""
-    total = trainer.plan.total_steps
-    if trainer.config.disable_tqdm or not trainer.is_main:
+    total = state.max_steps
+    if config.disable_tqdm or not state.is_world_process_zero:
         yield lambda values: None
         return
     if not sys.stderr.isatty():
         every = max(1, total // 10)
 
         def line(values: Mapping[str, float]) -> None:
-            if trainer.step % every == 0 or trainer.step == total:
-                print(f"step {trainer.step}/{total}  {_numbers(values)}", flush=True)
+            if state.step % every == 0 or state.step == total:
+                print(f"step {state.step}/{total}  {_numbers(values)}", flush=True)
                 if told := meter_line(values):
                     print(f"  {told}", flush=True)
 
@@ -232,59 +185,24 @@ def progress(trainer: Trainer) -> Iterator[Callable[[Mapping[str, float]], None]
     )
     console = _console(stderr=True)
     bar, below = Progress(*columns, console=console), Text(style="dim")
-    task = bar.add_task(_title(trainer), total=total, completed=trainer.step, numbers="")
+    task = bar.add_task(redact(config.run_name or name), total=total, completed=state.step, numbers="")
 
     def show(values: Mapping[str, float]) -> None:
-        bar.update(task, completed=trainer.step, numbers=_numbers(values))
+        bar.update(task, completed=state.step, numbers=_numbers(values))
         below.plain = meter_line(values) or below.plain
 
     with Live(Group(bar, below), console=console, refresh_per_second=4):
         yield show
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars of transformers' own: a save is over in a moment, and its bar would cut through ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def end(trainer: Trainer, values: Mapping[str, float]) -> None:
+def end(config: Config, state: Progress, values: Mapping[str, float], shares: Mapping[str, float]) -> None:
     """The last numbers, and where the time went."""
-    if trainer.is_main and not trainer.config.disable_tqdm:
-        print(f"done: {trainer.step} steps, saved in {trainer.run_dir}  {_numbers(values)}", flush=True)
-        shares = trainer.meter.shares()
-        if shares:
-            print(f"time: {_shares(shares)}", flush=True)
-
-
-def say(trainer: Trainer, text: str) -> None:
-    """One line from the main process."""
-    if trainer.is_main:
-        print(redact(text), flush=True)
-
-
-def note(trainer: Trainer, text: str) -> None:
-    """One line in the log of ``rlft``, and on the screen of a run that is not quiet; from the main process."""
-    if trainer.is_main:
-        logger.info(text)
-        if not trainer.config.disable_tqdm:
-            print(redact(text), flush=True)
-
-
-def warn(trainer: Trainer, text: str) -> None:
-    """A warning from the main process."""
-    import warnings
-
-    if trainer.is_main:
-        warnings.warn(redact(text), stacklevel=3)
+    if config.disable_tqdm or not state.is_world_process_zero:
+        return
+    early = f" of {state.max_steps}, ended by a callback" if state.step < state.max_steps else ""
+    print(f"done: {state.step} steps{early}, saved in {config.output_dir}  {_numbers(values)}", flush=True)
+    if shares:
+        print(f"time: {_shares(shares)}", flush=True)
 
 
 def _numbers(values: Mapping[str, float]) -> str:
@@ -304,21 +222,8 @@ def meter_line(values: Mapping[str, float]) -> str:
         if name not in values or (name == "prompt_sharing" and values[name] <= 1.0):
             continue
         value = values[name] * factor
-        shown = byte_size(int(value)) if name.endswith("gib") else _count(value) if form.startswith("{} ") else value
+        shown = (
+            byte_size(int(value)) if name.endswith("gib") else short_number(value) if form.startswith("{} ") else value
+        )
         parts.append(form.format(shown))
     return " | ".join(parts)
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
-
-
-def byte_size(number: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"

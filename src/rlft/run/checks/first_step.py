@@ -6,75 +6,90 @@ and fresh samples have importance ratio 1. After it: a trained tensor moved, and
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft.run import display
-from rlft.run.checks import before as selfcheck
-from rlft.run.step import update as guard
-from rlft.types import Batch
+from rlft.config import Config
+from rlft.objective import Objective
+from rlft.run.checks.before import failed
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
+from rlft.run.step.probes import exact
+from rlft.run.step.watchers import Watcher
+from rlft.types import Batch, LossOutput
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["FirstStep", "fingerprint", "modules_of", "watch"]
+__all__ = ["FirstStep", "fingerprint", "modules_of"]
 
 _WORD, _BLOCK = 8, 1024
 #: Largest distance of an importance ratio from 1 on fresh samples: float32 and better, and the mean below that.
 RATIO, ROUGH_RATIO = 1e-4, 0.05
 
 
-def watch(trainer: Trainer) -> FirstStep | None:
-    """A watch over the first step that moves the weights; None where all of its checks are off."""
-    names = [name for name in ("first_step", "gradients", "on_policy") if trainer.config.checks_itself(name)]
-    return FirstStep(trainer) if names else None
-
-
-class FirstStep:
-    """Sees one optimizer step from the first forward pass to the update.
+class FirstStep(Watcher):
+    """Sees one optimizer step from the first forward pass to the update, and leaves.
 
     A step without gradient (nothing was scored, all rewards equal, learning rate 0) proves nothing: the watch then
-    waits for the next.
+    goes on for the next.
 
     Args:
-        trainer: before its first step.
+        config: the run's settings.
+        objective: of the run; its weights do not matter here.
+        policy: unwrapped, before its first step.
+        optimizer: of the run.
+        processes: of the run.
+        journal: where it is said what passed.
+        online: whether answers are sampled.
+        temperature: divides the logits.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.spent = trainer, 0.0
-        self.whole = trainer.config.checks_itself("first_step")
-        self.ratio = trainer.config.checks_itself("on_policy") and trainer.online
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        policy: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        processes: Processes,
+        journal: Journal,
+        online: bool,
+        temperature: float,
+    ) -> None:
+        self.config, self.objective, self.policy, self.temperature = config, objective, policy, temperature
+        self.optimizer, self.processes, self.journal, self.spent = optimizer, processes, journal, 0.0
+        self.whole = config.checks_itself("first_step")
+        self.ratio = config.checks_itself("on_policy") and online
         started = time.perf_counter()
         # sharded weights and gradients are not whole on any process
-        self.tensors = self.whole and not guard.sharded(trainer)
-        self.gradients = trainer.config.checks_itself("gradients") and not guard.sharded(trainer)
+        self.tensors = self.whole and not processes.sharded
+        self.gradients = config.checks_itself("gradients") and not processes.sharded
         self.frozen = self._fingerprints(frozen=True) if self.tensors else {}
         self.trained = self._fingerprints(frozen=False) if self.tensors else {}
         self._reset()
         self.spent += time.perf_counter() - started
 
+    @staticmethod
+    def wanted(config: Config) -> bool:
+        """Whether any of its checks is on."""
+        return any(config.checks_itself(name) for name in ("first_step", "gradients", "on_policy"))
+
     def _reset(self) -> None:
-        self.counts = torch.zeros(len(self.trainer.objective.terms), dtype=torch.float64)
+        self.counts = torch.zeros(len(self.objective.terms), dtype=torch.float64)
         self.divided: Tensor | None = None
         self.said: str | None = None
         self.seen = 0
 
     def _fingerprints(self, *, frozen: bool) -> dict[str, Tensor]:
-        named = self.trainer.policy.named_parameters()
+        named = self.policy.named_parameters()
         return {name: fingerprint(p) for name, p in named if p.requires_grad is not frozen}
 
-    def counted(self, micro_batches: Sequence[Batch], denominators: Tensor) -> None:
-        """Compare what the step will divide by with the masks. Collective.
-
-        Args:
-            micro_batches: of this process, before any row is left out of the forward pass.
-            denominators: one count per loss term, over all processes.
-        """
+    def begins(self, micro_batches: Sequence[Batch], denominators: Tensor) -> None:
+        """Compare what the step will divide by with the masks. Collective."""
         if not self.whole:
             return
         started = time.perf_counter()
@@ -83,13 +98,8 @@ class FirstStep:
         self.said = self._wrong_count(self._over_processes(local), "the masks of its batches count")
         self.spent += time.perf_counter() - started
 
-    def saw(self, batch: Batch, outputs: Mapping[str, Tensor]) -> None:
-        """Take in one micro-batch as the objective got it.
-
-        Args:
-            batch: the micro-batch.
-            outputs: of the forward pass with gradient.
-        """
+    def saw(self, batch: Batch, outputs: Mapping[str, Tensor], results: Sequence[LossOutput]) -> None:
+        """Take in one micro-batch as the objective got it."""
         started = time.perf_counter()
         self.counts += self._counts_of(batch)
         if self.ratio and self.said is None and "logps" in outputs:
@@ -102,7 +112,7 @@ class FirstStep:
         everything = batch.mask.detach().cpu()
         labels = batch.labels
         counts = []
-        for term in self.trainer.objective.terms:
+        for term in self.objective.terms:
             mask = everything
             if term.rows == "chosen":
                 mask = everything[0::2] if labels is None else everything[labels.cpu()]
@@ -118,7 +128,7 @@ class FirstStep:
         old = batch.old_logps
         if old is None:
             # the objective takes its own forward pass as the old one; with dropout on by choice that is no other one
-            if self.seen or not self.trainer.config.disable_dropout:
+            if self.seen or not self.config.disable_dropout:
                 return None
             counting = batch.mask.any(-1).nonzero()
             if not len(counting):
@@ -128,27 +138,25 @@ class FirstStep:
             batch = batch.select(rows)
             logps = logps[rows, : batch.mask.shape[1]]
             with torch.no_grad():
-                old = self.trainer.policy(
-                    batch, want=frozenset({"logps"}), temperature=self.trainer.scoring_temperature
-                )["logps"]
+                old = self.policy(batch, want=frozenset({"logps"}), temperature=self.temperature)["logps"]
         if not bool(batch.mask.any()):
             return None
         gap = (logps.double() - old.double()).expm1().abs()[batch.mask]
         if not bool(torch.isfinite(gap).all()):
             return None  # NaN is the guard's matter, which names the step
-        exact = selfcheck.exact(self.trainer)
-        value, bound = (float(gap.max()), RATIO) if exact else (float(gap.mean()), ROUGH_RATIO)
+        close = exact(self.policy, self.config.mixed_precision)
+        value, bound = (float(gap.max()), RATIO) if close else (float(gap.mean()), ROUGH_RATIO)
         if value <= bound:
             return None
-        return selfcheck.failed(
+        return failed(
             "on_policy",
-            f"samples that were just drawn should have importance ratio 1, got {'up to' if exact else 'a mean of'} "
+            f"samples that were just drawn should have importance ratio 1, got {'up to' if close else 'a mean of'} "
             f"{value:.3g} away from it (bound {bound:g}); likely causes: dropout in training (disable_dropout: false), layers "
             f"that behave otherwise under gradient, old log-probs of another temperature, or weights that moved since. Set "
             f"disable_dropout: true",
         )
 
-    def before_update(self) -> None:
+    def before_update(self, loss: float) -> None:
         """Check gradients, counts and ratios; nothing was applied yet.
 
         Raises:
@@ -157,26 +165,25 @@ class FirstStep:
         started = time.perf_counter()
         said = self.said
         # rows without loss and gradient may have been left out after the count
-        c, objective = self.trainer.config, self.trainer.objective
+        c, objective = self.config, self.objective
         if self.whole and not (c.drop_zero_advantages and objective.advantage_weighted):
             total = self._over_processes(self.counts)
-            if self.seen:  # an override of compute_loss may not tell
+            # an override of compute_loss may not tell, and outputs that are not finite went to no loss
+            if self.seen and math.isfinite(loss):
                 said = said or self._wrong_count(total, "its losses saw")
         if self.gradients:
             said = said or self._without_gradient()
-        guard.agree(self.trainer, said)
+        self.processes.agree(said)
         self.spent += time.perf_counter() - started
 
     def _over_processes(self, counts: Tensor) -> Tensor:
-        return self.trainer.accelerator.reduce(counts.to(self.trainer.device), reduction="sum").cpu()
+        return self.processes.sum(counts).cpu()
 
     def _wrong_count(self, counted: Tensor, where: str) -> str | None:
         assert self.divided is not None
-        for term, mine, theirs in zip(
-            self.trainer.objective.terms, counted.tolist(), self.divided.tolist(), strict=True
-        ):
+        for term, mine, theirs in zip(self.objective.terms, counted.tolist(), self.divided.tolist(), strict=True):
             if mine != theirs:
-                return selfcheck.failed(
+                return failed(
                     "first_step",
                     f"term {term.name!r} was divided by {theirs:g}, but {where} {mine:g} "
                     f"({term.reduction}); likely causes: a stage that changes Batch.mask after the count, or an override of "
@@ -185,12 +192,12 @@ class FirstStep:
         return None
 
     def _without_gradient(self) -> str | None:
-        named = {name: p for name, p in self.trainer.policy.named_parameters() if p.requires_grad}
+        named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         missing = [name for name, p in named.items() if p.grad is None]
         if not missing:
             return None
         places = modules_of(missing, named)
-        return selfcheck.failed(
+        return failed(
             "gradients",
             f"every trained tensor should have a gradient, but {len(missing)} of {len(named)} have none ({', '.join(places[:5])}"
             f"{', ...' if len(places) > 5 else ''}); likely causes: layers that the text path does not use (of images, say), an "
@@ -198,33 +205,27 @@ class FirstStep:
             f"(requires_grad_(False)), train adapters (use_peft: true), or activate the adapter",
         )
 
-    def after_update(self, *, moved: bool) -> bool:
+    def after_update(self, *, moved: bool) -> Mapping[str, float]:
         """Check that trained tensors changed and frozen ones did not.
-
-        Args:
-            moved: whether an update was applied, with a learning rate and a gradient above 0.
-
-        Returns:
-            Whether the watch is over.
 
         Raises:
             TrainingError: on every process.
         """
         started = time.perf_counter()
-        said = self._wrongly_moved(moved) if self.tensors else None
-        guard.agree(self.trainer, said)
+        self.processes.agree(self._wrongly_moved(moved) if self.tensors else None)
         self.spent += time.perf_counter() - started
-        if not moved:
+        if moved:
+            self.journal.note(f"self-checks of the first step passed in {self.spent:.2f} s")
+            self.done = self.processes.progress.checked = True
+        else:
             self._reset()
-            return False
-        display.note(self.trainer, f"self-checks of the first step passed in {self.spent:.2f} s")
-        return True
+        return {}
 
     def _wrongly_moved(self, moved: bool) -> str | None:
         now = self._fingerprints(frozen=True)
         changed = [name for name, value in self.frozen.items() if name not in now or not torch.equal(now[name], value)]
         if changed:
-            return selfcheck.failed(
+            return failed(
                 "first_step",
                 f"frozen tensors should not change, but {len(changed)} of {len(self.frozen)} did in the first step "
                 f"({', '.join(changed[:3])}); likely causes: an optimizer that holds them, an adapter merged into its base, or "
@@ -232,11 +233,11 @@ class FirstStep:
             )
         if (
             moved
-            and self.trainer.trust_step is None
+            and self.objective.trust_region is None
             and all(torch.equal(value, self.trained[name]) for name, value in self._fingerprints(frozen=False).items())
         ):
-            rate = self.trainer.optimizer.param_groups[0]["lr"]
-            return selfcheck.failed(
+            rate = self.optimizer.param_groups[0]["lr"]
+            return failed(
                 "first_step",
                 f"an update with a gradient should change a trained tensor, but none of {len(self.trained)} did; likely causes: "
                 f"an optimizer made for other tensors, or a learning rate (now {rate:g}) below the resolution of the weights. "

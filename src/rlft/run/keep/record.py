@@ -1,4 +1,4 @@
-"""What a run is made of beyond its settings: recorded in every checkpoint. :mod:`rlft.run.keep.same_run` compares it.
+"""What a run is made of beyond its settings: recorded in every checkpoint, and in the files of its folder.
 
 Settings name things; they do not hold them. A column that a reward reads, an objective or an adapter given as an object, the
 weights under an adapter and those of a reference or a reward model can all change while every setting stays as it was.
@@ -13,18 +13,23 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlft._files import disk_trouble, replace_file
+from rlft._redact import redact
 from rlft.checkpoint._tensorfile import tensor_bytes
+from rlft.config import Config
+from rlft.errors import TrainingError
+from rlft.metrics import MetricsLog, read_metrics
 from rlft.objective import Objective
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["columns", "data_facts", "of", "sampled_hash", "shown", "versions", "weights"]
+__all__ = ["RunFiles", "columns", "data_facts", "made_of", "sampled_hash", "versions", "weights"]
 
 #: Blocks of a large tensor that are hashed, and their size in bytes; what is no larger than all of them is hashed whole.
 _BLOCKS, _BLOCK = 64, 16 << 10
@@ -39,38 +44,46 @@ _PACKAGES = ("transformers", "peft", "accelerate")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def of(trainer: Trainer, hashes: Mapping[str, Any]) -> dict[str, Any]:
+def made_of(
+    policy: Any,
+    tokenizer: Any,
+    objective: Objective,
+    rewards: Any,
+    judge: Any,
+    *,
+    device: torch.device,
+    hashes: Mapping[str, Any],
+) -> dict[str, Any]:
     """The record of a run, as plain values.
 
     Args:
-        trainer: built, before its first step.
+        policy: the module that is trained, unwrapped.
+        tokenizer: of the policy.
+        objective: as it was given, before any correction.
+        rewards: a :class:`~rlft.rewards.RewardSet`, or None.
+        judge: the same.
+        device: that computes.
         hashes: ``columns`` of :func:`columns` and ``weights`` of :func:`weights`.
     """
     return {
-        "versions": versions(trainer.device),
-        "chat_template": _template(trainer.tokenizer),
-        "sources": _sources(trainer),
-        "objective": {name: _one_line(text) for name, text in trainer.objective.describe().items()},
-        "rewards": _rewards(trainer),
-        "adapters": _adapters(trainer.policy),
+        "versions": versions(device),
+        "chat_template": _template(tokenizer),
+        "sources": _sources(policy, rewards),
+        "objective": {name: _one_line(text) for name, text in objective.describe().items()},
+        "rewards": _rewards(rewards, judge),
+        "adapters": _adapters(policy),
         **hashes,
     }
 
 
-def data_facts(trainer: Trainer) -> dict[str, Any]:
+def data_facts(data: Any) -> dict[str, Any]:
     """What a person can compare when the data of a run has changed."""
-    data = trainer.train_data
     return {
         "format": data.format,
         "examples": len(data.examples),
         "prompt tokens": sum(len(e.prompt_ids) for e in data.examples),
         "trained tokens": data.report.trained_tokens,
     }
-
-
-def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that a person may look for in the run's folder."""
-    return {name: record[name] for name in ("versions", "sources", "chat_template") if name in record}
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -180,13 +193,13 @@ def _template(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _sources(trainer: Trainer) -> dict[str, dict[str, str]]:
+def _sources(policy: Any, rewards: Any) -> dict[str, dict[str, str]]:
     """Model -> where it came from, and the commit of the hub that its name stood for."""
-    models = {"policy": trainer.policy.hf_model}
+    models = {"policy": policy.hf_model}
     for name, part in (("reference", "reference_model"), ("critic", "critic")):
-        if (held := getattr(trainer.policy, part, None)) is not None:
+        if (held := getattr(policy, part, None)) is not None:
             models[name] = getattr(held, "model", held) if not hasattr(held, "config") else held
-    functions = zip(trainer.rewards.names, trainer.rewards.funcs, strict=True) if trainer.rewards is not None else ()
+    functions = zip(rewards.names, rewards.funcs, strict=True) if rewards is not None else ()
     models |= {f"reward {name}": f.scorer.hf_model for name, f in functions if hasattr(f, "scorer")}
     found = {}
     for name, model in models.items():
@@ -197,13 +210,13 @@ def _sources(trainer: Trainer) -> dict[str, dict[str, str]]:
     return found
 
 
-def _rewards(trainer: Trainer) -> dict[str, str]:
+def _rewards(rewards: Any, judge: Any) -> dict[str, str]:
     found = {}
-    if trainer.rewards is not None:
-        pairs = zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
+    if rewards is not None:
+        pairs = zip(rewards.names, rewards.weights, strict=True)
         found["reward functions"] = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)
-    if trainer.judge is not None:
-        found["judge"] = ", ".join(trainer.judge.names)
+    if judge is not None:
+        found["judge"] = ", ".join(judge.names)
     return found
 
 
@@ -226,3 +239,60 @@ def _said(value: Any) -> str:
 
 def _one_line(text: str) -> str:
     return _ADDRESS.sub("", " ".join(str(text).split()))
+
+
+# -- files of the run's folder -------------------------------------------------------------------------------------------
+class RunFiles:
+    """Writes ``config.json`` and ``summary.json``, and opens ``metrics.jsonl``.
+
+    Args:
+        config: the run's settings.
+        run_dir: its folder.
+        processes: of the run; the main one writes.
+        made_of: see :func:`made_of`.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, processes: Processes, made_of: Mapping[str, Any]) -> None:
+        self.config, self.run_dir, self.processes, self.made_of = config, run_dir, processes, made_of
+
+    def begin(self, journal: Journal, rows: Any, offset: int | None) -> None:
+        """Open the journal's log, cut back to where the resumed checkpoint left it; trackers are started. Collective.
+
+        Args:
+            journal: whose log it is.
+            rows: what became of the rows of the data so far.
+            offset: bytes of the log that belong to the run; None for a new one.
+        """
+        settings, path, progress = redact(self.config.to_dict()), self.run_dir / "metrics.jsonl", journal.progress
+        with self.processes.together():
+            try:
+                log = MetricsLog(path, enabled=self.processes.is_main)
+            except OSError as error:
+                raise TrainingError(
+                    f"{path} cannot be opened: {error.strerror}; move it away, or make it writable"
+                ) from error
+            log.truncate_to(progress.step, offset or 0)
+            if self.processes.is_main:
+                self._write("config.json", settings)
+                self.write_summary(rows)
+            plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+            self.processes.accelerator.init_trackers("rlft", config=plain)
+        journal.log = log
+        if offset is not None and path.exists():  # callbacks of every process read it
+            progress.log_history = list(read_metrics(path))
+
+    def write_summary(self, rows: Any) -> None:
+        """Leave ``summary.json``: what became of the rows, and what computed and from where. On the main process."""
+        data = {"rows": rows.rows, "kept": rows.kept, "skipped": rows.skipped, "format": rows.format}
+        shown = ("versions", "sources", "chat_template")
+        self._write(
+            "summary.json", {"data": data, **{name: self.made_of[name] for name in shown if name in self.made_of}}
+        )
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        data = (json.dumps(values, indent=2) + "\n").encode()
+        try:
+            replace_file("settings", self.run_dir / name, data)
+        except OSError as error:
+            trouble = disk_trouble(error, self.run_dir, len(data))
+            raise TrainingError(f"{self.run_dir / name} could not be written: {trouble}") from error

@@ -10,18 +10,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlft.models.layout import LayoutUsed
-from rlft.run import display
 from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
+from rlft.run.processes.processes import Processes
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["PHASES", "Meter"]
+__all__ = ["PHASES", "Meter", "byte_size", "short_number"]
 
 #: In the order of a step; what none of them covers is ``other``.
 PHASES: tuple[str, ...] = (
@@ -57,24 +54,30 @@ class Meter:
         self._update = self._floor = 0.0  # operations of the updates; least seconds of everything
 
     # -- phases -------------------------------------------------------------------------------------------------------
-    def start(self, trainer: Trainer) -> None:
-        """Begin to count: what was spent before the first step is not a step's."""
-        self._tokens_before = trainer.tokens_seen
+    def start(self, policy: Any, *, tokens_seen: int, mixed_precision: str) -> str | None:
+        """Begin to count: what was spent before the first step is not a step's.
+
+        Args:
+            policy: the module that is trained, unwrapped.
+            tokens_seen: tokens trained on before.
+            mixed_precision: of the run.
+
+        Returns:
+            What is missing for a comparison with what the device could do; None where nothing is.
+        """
+        self._tokens_before = tokens_seen
         self._stack, self._events = ["other"], []
         self._last = time.perf_counter()
-        if hasattr(trainer.policy, "around_reference"):  # a reward model has none
-            trainer.policy.around_reference(lambda: self.phase("reference"))
-        if self.device.type == "cuda":
-            self._mark("other")
-            name = torch.cuda.get_device_name(self.device)
-            self._peak = device_named(name)
-            if hasattr(trainer.policy, "reference_kind"):
-                self._cost = model_cost(trainer.policy, mixed_precision=trainer.config.mixed_precision)
-                if unknown := self._unknown(name):
-                    display.note(trainer, f"meter/mfu and meter/fraction_of_floor are left out: {unknown}")
-
-    def _unknown(self, name: str) -> str | None:
-        """What is missing for a comparison with what the device could do; None where nothing is."""
+        if hasattr(policy, "around_reference"):  # a reward model has none
+            policy.around_reference(lambda: self.phase("reference"))
+        if self.device.type != "cuda":
+            return None
+        self._mark("other")
+        name = torch.cuda.get_device_name(self.device)
+        self._peak = device_named(name)
+        if not hasattr(policy, "reference_kind"):
+            return None
+        self._cost = model_cost(policy, mixed_precision=mixed_precision)
         if self._peak is None:
             return f"what a {name!r} can do at most is not in the table (rlft.run.measure.device_limits.DEVICES)"
         if self._cost is None:
@@ -138,7 +141,7 @@ class Meter:
         self._floor += (update + forward * (passes - backward)) / self._cost.peak(self._peak)
 
     # -- a line -----------------------------------------------------------------------------------------------------------
-    def flush(self, trainer: Trainer) -> dict[str, float]:
+    def flush(self, processes: Processes, *, tokens_seen: int) -> dict[str, float]:
         """Metrics since the last call; collective on several processes. Times are those of this process."""
         self._mark(self._stack[-1])
         if self._events:
@@ -147,8 +150,8 @@ class Meter:
         wall = sum(seconds.values())
         for name, spent in seconds.items():
             self.total[name] += spent
-        sampled, memory = self._over_processes(trainer)
-        tokens = trainer.tokens_seen - self._tokens_before
+        sampled, memory = self._over_processes(processes)
+        tokens = tokens_seen - self._tokens_before
         # without evaluation and saving, which would halve the rate of their line
         working = max(wall - sum(seconds[name] for name in _OWNERS), 1e-9)
         values = {f"meter/share/{name}": spent / max(wall, 1e-9) for name, spent in seconds.items() if spent > 0}
@@ -160,7 +163,7 @@ class Meter:
             values["meter/fraction_of_floor"] = self._floor / working
             if seconds["forward_backward"] > 0:
                 values["meter/mfu"] = self._update / self._cost.peak(self._peak) / seconds["forward_backward"]
-        self._tokens_before, self._sampled = trainer.tokens_seen, 0
+        self._tokens_before, self._sampled = tokens_seen, 0
         self._update = self._floor = 0.0
         return values
 
@@ -170,11 +173,11 @@ class Meter:
             self.seconds[name] += begin.elapsed_time(end) / 1000
         self._events = self._events[-1:]
 
-    def _over_processes(self, trainer: Trainer) -> tuple[float, float]:
+    def _over_processes(self, processes: Processes) -> tuple[float, float]:
         """Tokens sampled by all processes, and the largest memory peak of any, in GiB."""
         mine = torch.tensor([[float(self._sampled), _peak_memory(self.device)]], dtype=torch.float64)
-        if trainer.world_size > 1:
-            mine = trainer.accelerator.gather(mine.to(trainer.device)).cpu()
+        if processes.world_size > 1:
+            mine = processes.gather(mine).cpu()
         return float(mine[:, 0].sum()), float(mine[:, 1].max())
 
 
@@ -187,3 +190,19 @@ def _peak_memory(device: torch.device) -> float:
 
     unit = 2**10 if sys.platform != "darwin" else 1  # Linux counts KiB, macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def short_number(number: float) -> str:
+    """``1536`` as ``1.54k``."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def byte_size(number: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"

@@ -6,52 +6,47 @@ Rows that are held in memory are counted before the first step; those of a strea
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlft.data.report import DataReport
-from rlft.run import display
-from rlft.run.processes import processes as meeting
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["facts", "metrics", "total"]
+__all__ = ["StreamedRows"]
 
 
-def metrics(trainer: Trainer) -> dict[str, float]:
-    """``data/rows`` and ``data/skipped_rows`` since the run began; nothing where the rows are not streamed. Collective."""
-    report = _own(trainer)
-    if report is None:
-        return {}
-    counts = torch.tensor([report.rows, report.num_skipped], dtype=torch.float64, device=trainer.device)
-    rows, skipped = trainer.accelerator.reduce(counts, reduction="sum").tolist()
-    return {"data/rows": rows, "data/skipped_rows": skipped}
+class StreamedRows:
+    """Counts the rows that all processes read of a stream.
 
+    Args:
+        stream: of this process; its ``report`` counts as it reads.
+        processes: of the run.
+        journal: where skipped rows are said.
+    """
 
-def total(trainer: Trainer) -> DataReport | None:
-    """Rows, kept and skipped ones of all processes, said when there are skipped ones; None without a stream. Collective."""
-    own = _own(trainer)
-    if own is None:
-        return None
-    found = DataReport(trainer.train_data.format)
-    for said in meeting.texts(trainer.accelerator, json.dumps(own.counts())):
-        counts = json.loads(said)
-        found.rows, found.kept = found.rows + counts["rows"], found.kept + counts["kept"]
-        for reason, number in counts["skipped"].items():
-            found.skipped[reason] = found.skipped.get(reason, 0) + number
-            found.first.setdefault(reason, counts["first"][reason])
-    if found.num_skipped:
-        display.note(trainer, f"{found.num_skipped} of {found.rows} streamed rows were skipped: {found.reasons()}")
-    return found
+    def __init__(self, stream: Any, processes: Processes, journal: Journal) -> None:
+        self.stream, self.processes, self.journal = stream, processes, journal
 
+    def metrics(self) -> dict[str, float]:
+        """``data/rows`` and ``data/skipped_rows`` since the run began. Collective."""
+        report = self.stream.report
+        rows, skipped = self.processes.sum(
+            torch.tensor([report.rows, report.num_skipped], dtype=torch.float64)
+        ).tolist()
+        return {"data/rows": rows, "data/skipped_rows": skipped}
 
-def facts(report: Any) -> dict[str, Any]:
-    """What a run's summary says of its rows."""
-    return {"rows": report.rows, "kept": report.kept, "skipped": report.skipped, "format": report.format}
-
-
-def _own(trainer: Trainer) -> DataReport | None:
-    source: Any = trainer.source
-    return source.order.stream.report if trainer.config.streaming else None
+    def total(self) -> DataReport:
+        """Rows, kept and skipped ones of all processes, said when there are skipped ones. Collective."""
+        own = self.stream.report
+        found = DataReport(own.format)
+        for said in self.processes.texts(json.dumps(own.counts())):
+            counts = json.loads(said)
+            found.rows, found.kept = found.rows + counts["rows"], found.kept + counts["kept"]
+            for reason, number in counts["skipped"].items():
+                found.skipped[reason] = found.skipped.get(reason, 0) + number
+                found.first.setdefault(reason, counts["first"][reason])
+        if found.num_skipped:
+            self.journal.note(f"{found.num_skipped} of {found.rows} streamed rows were skipped: {found.reasons()}")
+        return found

@@ -9,9 +9,9 @@ from typing import Any
 
 from rlft.config import Config
 from rlft.objective import Objective
-from rlft.run.processes import processes as meeting
+from rlft.run.processes.processes import Processes
 
-__all__ = ["check"]
+__all__ = ["refuse_other_runs"]
 
 #: Settings that may differ: where a process finds things, which are compared themselves, and what it prints.
 _OWN = {
@@ -23,8 +23,8 @@ _OWN = {
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def check(
-    accelerator: Any,
+def refuse_other_runs(
+    processes: Processes,
     config: Config,
     objective: Objective,
     train: Any,
@@ -37,7 +37,7 @@ def check(
     Weights are not compared: those of process 0 are sent to all when the model is wrapped. Collective.
 
     Args:
-        accelerator: of the run.
+        processes: of the run.
         config: settings.
         objective: what is optimised.
         train: training data as tokens.
@@ -48,7 +48,7 @@ def check(
     Raises:
         ValueError: naming the first thing in which a process differs from process 0.
     """
-    if accelerator.num_processes == 1:
+    if processes.world_size == 1:
         return
     settings = {name: repr(value) for name, value in config.to_dict().items() if name not in _OWN}
     read = ", ".join(f"{name} {digest[:12]}" for name, digest in columns.items()) or "none"
@@ -60,8 +60,7 @@ def check(
         "content of the columns that are read": read,
         "model": _layout(policy),
     }
-    meeting.same(
-        accelerator,
+    processes.same(
         {name: _ADDRESS.sub("", " ".join(value.split())) for name, value in facts.items()},
         remedy="Give every process the same settings, model files and rows, in the same order: the rows are shared out by rlft",
     )

@@ -9,14 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from rlft.run.processes import processes as meeting
-
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
 
 __all__ = ["HEEDED", "Signals"]
 
@@ -32,7 +27,7 @@ class Signals:
     """Whether this process of a run, or another one, was asked to stop.
 
     Processes that stopped by themselves would leave the others waiting. So there are two kinds of places to look. Inside
-    work that each process does for itself (:func:`rlft.run.processes.processes.together`: sampling, rewards, its share of an
+    work that each process does for itself (:meth:`rlft.run.processes.processes.Processes.together`: sampling, rewards, its share of an
     evaluation) the one that was asked gives that work up, and says so in the store at which the processes met; the others
     find it there, give up too, and all of them meet at the end of the work, as after an error. Everywhere else they
     decide together, in a reduction that all of them come by.
@@ -84,7 +79,7 @@ class Signals:
             while heard := ours.recv(1):
                 if heard[0] in HEEDED:
                     self.number = heard[0]
-                    self._told()
+                    self.told()
 
         thread = threading.Thread(target=listen, name="rlft-signals", daemon=True)
         thread.start()
@@ -105,23 +100,7 @@ class Signals:
         finally:
             self.alone -= 1
 
-    def asked(self, trainer: Trainer, *, everywhere: bool) -> bool:
-        """Whether to stop here.
-
-        Args:
-            trainer: the run.
-            everywhere: all processes ask at this very place, so that they can answer as one. Collective.
-        """
-        if trainer.world_size == 1:
-            return self.number is not None
-        if everywhere:
-            found = meeting.anywhere(trainer.accelerator, self.number is not None)
-            if found:
-                trainer.failures.kinds = ("Interrupted",)
-            return found
-        return self.alone > 0 and self._told()
-
-    def _told(self) -> bool:
+    def told(self) -> bool:
         """Tell the others, or look whether one of them told."""
         store = _store()
         if self.number is not None:

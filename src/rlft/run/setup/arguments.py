@@ -13,8 +13,9 @@ from torch import nn
 from rlft import _check
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
+from rlft.run.callbacks import is_of_transformers
 
-__all__ = ["callbacks", "check_kinds", "check_module", "settings"]
+__all__ = ["callbacks", "check_kinds", "check_module", "optimizer", "settings"]
 
 
 def settings(args: Any) -> Config:
@@ -32,18 +33,30 @@ def settings(args: Any) -> Config:
     return Config.from_dict(args or {})
 
 
-def check_kinds(
-    *,
-    model: Any,
-    objective: Any,
-    processing_class: Any,
-    reward_funcs: Any,
-    judge: Any,
-    peft_config: Any,
-    sampler: Any,
-    optimizers: Any,
-) -> None:
+def optimizer(given: Any) -> torch.optim.Optimizer | None:
+    """The optimizer of ``optimizers``, or None.
+
+    Raises:
+        ConfigError: for anything but a pair of an optimizer (or None) and None.
+    """
+    pair = isinstance(given, (tuple, list)) and len(given) == 2 and given[1] is None
+    if given is not None and not (pair and (given[0] is None or isinstance(given[0], torch.optim.Optimizer))):
+        raise ConfigError(
+            _wrong(
+                "optimizers",
+                given,
+                "a pair (optimizer or None, None): with an optimizer of your own the learning rate is yours too, set it in a callback",
+            )
+        )
+    return None if given is None else given[0]
+
+
+def check_kinds(given: Any, objective: Any) -> None:
     """Refuse arguments of a kind that cannot be used; None is fine for each of them.
+
+    Args:
+        given: what was passed to the Trainer, a :class:`rlft.run.setup.parts.Given`.
+        objective: as it was passed.
 
     Raises:
         ConfigError: naming the argument, what came and what to pass.
@@ -51,57 +64,53 @@ def check_kinds(
     text = (str, Path)
     expected: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
         "model": (
-            model,
+            given.model,
             lambda x: isinstance(x, (*text, Mapping, nn.Module)),
             "a hub id, a folder, a mapping of a model's settings, or a model",
         ),
         "objective": (objective, lambda x: isinstance(x, Objective) or callable(x), "an Objective or a loss function"),
         "processing_class": (
-            processing_class,
+            given.tokenizer,
             lambda x: isinstance(x, text) or (hasattr(x, "eos_token_id") and hasattr(x, "get_vocab")),
             "a tokenizer, or the hub id or folder of one",
         ),
-        "reward_funcs": (reward_funcs, _rewards, "functions, names, or folders of reward models"),
-        "judge": (judge, lambda x: isinstance(x, str) or callable(x), "a function, or module:function"),
+        "reward_funcs": (given.reward_funcs, _rewards, "functions, names, or folders of reward models"),
+        "judge": (given.judge, lambda x: isinstance(x, str) or callable(x), "a function, or module:function"),
         "peft_config": (
-            peft_config,
+            given.peft_config,
             lambda x: isinstance(x, Mapping) or hasattr(x, "target_modules"),
             "a peft.LoraConfig, LoraSettings, or a mapping of its fields",
         ),
-        "sampler": (sampler, lambda x: callable(getattr(x, "sample", None)), "a Sampler, with a method sample"),
-        "optimizers": (
-            optimizers,
-            lambda x: (
-                isinstance(x, (tuple, list))
-                and len(x) == 2
-                and x[1] is None
-                and (x[0] is None or isinstance(x[0], torch.optim.Optimizer))
-            ),
-            "a pair (optimizer or None, None): with an optimizer of your own the learning rate is yours too, set it in a callback",
-        ),
+        "sampler": (given.sampler, lambda x: callable(getattr(x, "sample", None)), "a Sampler, with a method sample"),
     }
     for name, (value, fits, what) in expected.items():
         if value is not None and not fits(value):
             raise ConfigError(_wrong(name, value, what))
-    if isinstance(peft_config, Mapping):
+    if isinstance(given.peft_config, Mapping):
         from rlft.models import LoraSettings
 
         known = [f.name for f in dataclasses.fields(LoraSettings)]
-        for key in peft_config:
+        for key in given.peft_config:
             if key not in known:
                 raise ConfigError(f"peft_config has no {key!r}{_check.suggestion(str(key), known)}")
 
 
-def callbacks(given: Any) -> list[Callable[..., Any]]:
-    """The callbacks of a run as a list.
+def callbacks(given: Any) -> list[Any]:
+    """The callbacks of a run as a list: functions, and ``TrainerCallback`` objects; of a class, one is made.
 
     Raises:
-        ConfigError: for anything that is no iterable of functions.
+        ConfigError: for anything else.
     """
     listed: list[Any] = list(given or ()) if given is None or isinstance(given, Iterable) else [None]
-    if not all(callable(one) for one in listed):
-        raise ConfigError(_wrong("callbacks", given, "a list of functions (event, trainer, values)"))
-    return listed
+    if not all(callable(one) or is_of_transformers(one) for one in listed):
+        raise ConfigError(
+            _wrong(
+                "callbacks",
+                given,
+                "a list of functions (event, trainer, values) or transformers.TrainerCallback objects",
+            )
+        )
+    return [one() if isinstance(one, type) and is_of_transformers(one) else one for one in listed]
 
 
 def check_module(model: Any, objective: Objective) -> None:

@@ -1,227 +1,20 @@
-"""The parts of a run from its settings: data, tokenizer, models, rewards, optimizer."""
+"""The models of a run from its settings: policy, reference, critic, rewards, judge, and what optimises."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import inspect
-import logging
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.processes import launch as launched
-from rlft.run.processes import processes as meeting
+from rlft.run.setup.data import trusting
 
-if TYPE_CHECKING:
-    pass
-
-
-logger = logging.getLogger("rlft")
-#: How :mod:`rlft.models` asks for trust.
-_PASS = "pass trust_remote_code=True"
-
-__all__ = [
-    "accelerator_for",
-    "adamw",
-    "check_trust",
-    "critic_for",
-    "freeze_unused_head",
-    "judge_for",
-    "load",
-    "load_data",
-    "lora_settings",
-    "policy_model",
-    "reference_for",
-    "rewards_for",
-    "tokenized",
-    "tokenizer_for",
-]
-
-
-def accelerator_for(config: Config) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    if config.mixed_precision == "fp16":  # the loss scale would never be updated
-        raise ConfigError(
-            "mixed_precision='fp16' needs a CUDA device and loss scaling, which is not supported; use 'no' or 'bf16'"
-        )
-    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'no'")
-    missing = [t for t in config.report_to if t != "tensorboard" and t in _TRACKERS and not _importable(_TRACKERS[t])]
-    if missing:
-        raise ConfigError(
-            f"report_to={config.report_to} needs {_TRACKERS[missing[0]]}, which is not installed, so nothing would be reported; "
-            f"install it, or drop {missing[0]!r}"
-        )
-    launched.check()
-    meeting.meet()
-    trackers: list[Any] = [t for t in config.report_to if t != "tensorboard" or importlib.util.find_spec("tensorboard")]
-    # DistributedDataParallel waits for the gradient of every trained tensor, unless it looks first which are used
-    unused: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if config.unused_weights else []
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=trackers or None,
-        project_dir=config.output_dir,
-        kwargs_handlers=unused,
-    )
-
-
-#: Trackers of accelerate, by the package that each is.
-_TRACKERS = {
-    "aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow", "swanlab": "swanlab",
-    "trackio": "trackio", "wandb": "wandb",
-}  # fmt: skip
-
-
-def _importable(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def load(config: Config, name: str, given: Any) -> Any:
-    """The rows of a setting (``train_data`` or ``eval_data``), or those given in memory, renamed; None without either."""
-    from rlft.data import load_rows
-
-    source = _expanded(name, given if given is not None else getattr(config, name))
-    part = _configuration(config, name, source)
-    try:
-        return load_rows(source, columns=config.columns or None, name=part) if source is not None else None
-    except ValueError as error:
-        if name == "train_data":
-            raise
-        raise ValueError(f"{name}: {error}") from error
-
-
-def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]:
-    """Rows to train on, rows held out, and the rows that a tokenizer may be made of: the whole file but the held-out."""
-    if config.streaming:
-        return _stream(config, train), _limited(config, load(config, "eval_data", held_out)), None
-    rows, held = load(config, "train_data", train), load(config, "eval_data", held_out)
-    if rows is None:
-        raise ConfigError("train_data is missing; give a path, a hub name or rows in memory")
-    if config.eval_fraction is not None:
-        rows, held = rows.split(config.eval_fraction, seed=0)
-    texts = rows
-    if config.train_slice is not None:
-        start, stop = (round(part * len(rows)) for part in config.train_slice)
-        if start == stop:
-            raise ConfigError(f"train_slice={config.train_slice} of {len(rows)} rows holds none; widen it, or add data")
-        rows = rows.select(range(start, stop))
-    return rows, _limited(config, held), texts
-
-
-def _limited(config: Config, held: Any) -> Any:
-    """The rows to evaluate on."""
-    if held is None:
-        for name in ("eval_steps", "eval_rows"):
-            if getattr(config, name) is not None:
-                raise ConfigError(f"{name} does nothing without evaluation data; give eval_data or eval_fraction")
-        if config.eval_on_start:
-            raise ConfigError("eval_on_start does nothing without evaluation data; give eval_data or eval_fraction")
-    elif config.eval_rows is not None:
-        held = held.select(range(min(config.eval_rows, len(held))))
-    return held
-
-
-def _stream(config: Config, given: Any) -> Any:
-    """What reads the training rows one by one."""
-    from rlft.data import stream_rows
-
-    source = _expanded("train_data", given if given is not None else config.train_data)
-    if source is None:
-        raise ConfigError("train_data is missing; give a path, an iterable of rows, or a function that returns one")
-    return stream_rows(source, columns=config.columns or None, name=_configuration(config, "train_data", source))
-
-
-def _configuration(config: Config, name: str, source: Any) -> str | None:
-    """Which configuration of a hub dataset is meant; refused where the source has none.
-
-    Raises:
-        ConfigError: for files, folders and rows in memory.
-    """
-    from rlft.data.hub import is_hub_name
-
-    setting = {"train_data": "dataset_config", "eval_data": "eval_dataset_config"}[name]
-    value = getattr(config, setting)
-    listed = source if isinstance(source, list) and source else [source]
-    if value is None or all(is_hub_name(item) for item in listed):
-        return value
-    paths = all(isinstance(item, (str, Path)) for item in listed)
-    what = (
-        f"{name} is not given"
-        if source is None
-        else f"{name}={source!r} names no hub dataset"
-        if paths
-        else "rows are given in memory"
-    )
-    remedy = f"; drop it, or name the sub-folder in {name}" if paths else "; drop it"
-    raise ConfigError(f"{setting}={value!r} does nothing: {what}, and only those have configurations{remedy}")
-
-
-def _expanded(name: str, paths: Any) -> Any:
-    """Paths with ``${NAME}`` read from the environment."""
-    if isinstance(paths, list):
-        return [_expanded(name, path) for path in paths]
-    if isinstance(paths, str) and "$" in (path := os.path.expandvars(paths)):
-        raise ConfigError(
-            f"{name}={paths!r} names an environment variable that is not set (it became {path!r}); set it"
-        )
-    return os.path.expandvars(paths) if isinstance(paths, str) else paths
-
-
-def tokenizer_for(config: Config, given: Any, source: Any, rows: Any) -> Any:
-    from rlft import models
-    from rlft.models.vocabulary import train_tokenizer
-
-    if given is not None and not isinstance(given, (str, Path)):
-        models.check_tokenizer(given)
-        return given
-    name = given if given is not None else config.tokenizer
-    if isinstance(name, Mapping):
-        if rows is None:
-            raise ConfigError(
-                f"tokenizer={dict(name)!r} is made from all training rows, and streaming does not hold them; give a tokenizer"
-            )
-        return train_tokenizer(rows, **name)
-    if name is None and isinstance(source, (str, Path)):
-        name = source
-    if name is None:
-        path = getattr(getattr(source, "config", None), "_name_or_path", "")
-        if not path:
-            raise ConfigError("the tokenizer is missing; pass processing_class, or set tokenizer")
-        name = path
-    with _trusting("policy"):
-        return models.load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trusts("policy"))
-
-
-def tokenized(config: Config, rows: Any, tokenizer: Any, *, online: bool) -> Any:
-    from rlft.data import tokenize, tokenize_stream
-
-    form = "prompt" if online and config.data_format == "auto" else config.data_format
-    streamed: dict[str, Any] = (
-        {"shuffle_buffer": config.shuffle_buffer or 0, "seed": config.seed} if callable(rows) else {}
-    )
-    work: Any = tokenize_stream if callable(rows) else tokenize
-    return work(
-        rows,
-        tokenizer,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        end_token_ids=config.end_token_ids,
-        format=form,
-        max_bad_fraction=config.max_bad_fraction,
-        separator=config.separator,
-        workers=config.dataloader_num_workers,
-        **streamed,
-    )
+__all__ = ["adamw", "check_trust", "judge_for", "lora_settings", "policy_for", "policy_model", "rewards_for"]
 
 
 def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenizer: Any) -> Any:
@@ -231,7 +24,7 @@ def rewards_for(config: Config, specs: list[Any], device: torch.device, tokenize
     functions = []
     for spec in specs:
         if isinstance(spec, (str, Path)) and Path(spec).is_dir():
-            with _trusting("reward"):
+            with trusting("reward"):
                 scorer = models.ModelReward(spec, trust_remote_code=config.trusts("reward"))
             scorer.scorer.to(device)
             functions.append(scorer)
@@ -292,7 +85,7 @@ def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objecti
                   "bos_token_id": tokenizer.bos_token_id, **source}  # fmt: skip
     load = models.load_sequence_classifier if "scores" in objective.needs else models.load_causal_lm
     try:
-        with _trusting("policy"):
+        with trusting("policy"):
             return load(
                 source,
                 dtype=config.dtype,
@@ -310,17 +103,6 @@ def policy_model(config: Config, source: Any, tokenizer: Any, objective: Objecti
             f"attn_implementation={config.attn_implementation!r} cannot be used here: {str(error).rstrip('.')}; install it, or "
             f"drop attn_implementation"
         ) from error
-
-
-@contextlib.contextmanager
-def _trusting(model: str) -> Iterator[None]:
-    """What a folder that holds code of its own is refused with, in words of the setting that lets it run."""
-    try:
-        yield
-    except ValueError as error:
-        if _PASS not in str(error):
-            raise
-        raise ConfigError(str(error).replace(_PASS, f"set trust_remote_code: [{model}]")) from error
 
 
 def check_trust(
@@ -346,6 +128,29 @@ def check_trust(
             )
 
 
+def policy_for(config: Config, objective: Objective, loaded: Any, peft_config: Any, ref_model: Any) -> Any:
+    """The module that is trained: adapters, reference and critic as the settings say."""
+    from rlft import models
+
+    base = loaded
+    if peft_config is not None or config.use_peft:
+        base = models.add_lora(loaded, lora_settings(config, peft_config))
+    if "scores" in objective.needs:
+        policy: Any = models.RewardScorer(base)
+    else:
+        policy = models.Policy(
+            base,
+            reference=reference_for(config, ref_model, objective),
+            critic=critic_for(config, objective),
+            dropout=not config.disable_dropout,
+        )
+        freeze_unused_head(base, objective)
+    if config.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    models.check_trainable(policy)
+    return policy
+
+
 def lora_settings(config: Config, given: Any) -> Any:
     from rlft.models import LoraSettings
 
@@ -366,7 +171,7 @@ def reference_for(config: Config, given: Any, objective: Objective) -> Any:
 
     if not isinstance(target, (str, Path)):
         return target
-    with _trusting("reference"):
+    with trusting("reference"):
         trusted = config.trusts("reference")
         return load_causal_lm(target, dtype=config.dtype, trust_remote_code=trusted).requires_grad_(False)
 
@@ -378,7 +183,7 @@ def critic_for(config: Config, objective: Objective) -> Any:
         return "shared"
     from rlft.models import load_causal_lm
 
-    with _trusting("critic"):
+    with trusting("critic"):
         return load_causal_lm(config.critic, dtype=config.dtype, trust_remote_code=config.trusts("critic"))
 
 

@@ -1,27 +1,20 @@
-"""Refuses settings and data that cannot work together, before anything heavy is loaded."""
+"""Settings that cannot work together, or would do nothing: refused before anything heavy is loaded."""
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import TYPE_CHECKING, Any
 
 from rlft import losses
 from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.setup import comparison_settings as pairwise_rules
-from rlft.run.step import correction
-from rlft.run.step import kl_control as controllers
+from rlft.run.setup.comparison_settings import check_comparisons
 from rlft.run.step.batch_sizes import steps_per_generation
+from rlft.run.step.correction import check_correction
+from rlft.run.step.kl_control import check_kl_controller
+from rlft.run.step.pairing import learns_from_samples, wants_pairs
 
-if TYPE_CHECKING:
-    pass
-
-
-logger = logging.getLogger("rlft")
-
-__all__ = ["check_data", "check_held_out", "check_settings", "check_tokens", "note_positions"]
+__all__ = ["check_on_policy", "check_settings"]
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "num_generations",
@@ -48,7 +41,7 @@ def check_settings(
     defaults = Config()
     rewarded = bool(config.rewards) if rewarded is None else rewarded
     judged = config.judge is not None if judged is None else judged
-    pairwise_rules.check(config, objective, online=online, rewarded=rewarded, judged=judged)
+    check_comparisons(config, objective, online=online, rewarded=rewarded, judged=judged)
     if not online:
         idle = [name for name in _SAMPLING if getattr(config, name) != getattr(defaults, name)]
         if idle or config.reward_weights is not None:
@@ -60,7 +53,7 @@ def check_settings(
         raise ConfigError(
             f"max_tokens_per_reward_batch={config.max_tokens_per_reward_batch} does nothing without rewards; drop it"
         )
-    if online and not ({"rewards", "advantages"} & objective.needs or pairwise_rules.fits(config, objective)):
+    if online and not ({"rewards", "advantages"} & objective.needs or learns_from_samples(config, objective)):
         raise ConfigError(
             f"objective {objective.name!r} uses no rewards; drop `rewards`, or use e.g. rloo, grpo, agro_off_policy"
         )
@@ -120,14 +113,14 @@ def check_settings(
                 f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
                 f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
             )
-        if objective.needs_groups and micro % n and not pairwise_rules.wants_pairs(objective):
+        if objective.needs_groups and micro % n and not wants_pairs(objective):
             raise ConfigError(
                 f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
                 f"a multiple of num_generations={n}; raise it, or lower num_generations"
             )
         check_on_policy(config, objective)
-        controllers.check(config, objective)
-        correction.check(config, objective)
+        check_kl_controller(config, objective)
+        check_correction(config, objective)
     elif objective.kl == "reward" or objective.advantage == "gae":
         raise ConfigError(
             f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online"
@@ -222,126 +215,3 @@ def check_on_policy(config: Config, objective: Objective) -> None:
             f"objective {objective.name!r} needs log-probs of the policy that sampled, which replayed answers lack; "
             f"use agro_off_policy with replay_probability, or set it to 0"
         )
-
-
-def check_data(config: Config, objective: Objective, data: Any, *, online: bool) -> None:
-    _check_imitation(objective, data)
-    kinds = {"preference": objective.needs_pairs, "unpaired": "labels" in objective.needs}
-    wanted = [kind for kind, needed in kinds.items() if needed]
-    if wanted and not online and data.format not in wanted:
-        raise ConfigError(
-            f"objective {objective.name!r} trains on {wanted[0]} data, got {data.format!r} rows{_lacks(data, wanted[0])}; "
-            f"see docs/data"
-        )
-    if (
-        objective.needs_rewards
-        and not online
-        and data.format != "ranked"
-        and not (data.format == "preference" and config.pair_rewards)
-    ):
-        raise ConfigError(
-            f"objective {objective.name!r} needs rewards: give `rewards` to train online, rows with several scored completions, "
-            f"or preference rows with pair_rewards: [0.5, -0.5]; got {data.format!r} rows"
-        )
-    if objective.needs_rewards and not online and data.format == "ranked" and objective.min_group > 1:
-        small = [e.index for e in data.examples if len(e.completions) < objective.min_group]
-        if small:
-            raise ConfigError(
-                f"objective {objective.name!r} compares answers of one prompt: completions must hold at least "
-                f"{objective.min_group}, got 1 in {len(small)} of {len(data.examples)} rows (first: row {small[0]}); leave "
-                f"those rows out, or use an objective without a baseline, e.g. dro"
-            )
-    scored = [sum(c.reward is not None and c.reward == c.reward for c in e.completions) for e in data.examples]
-    if objective.needs_rewards and not online and data.format == "ranked" and max(scored) < objective.min_group:
-        raise ConfigError(
-            f"objective {objective.name!r} compares answers of one prompt, and no row has {objective.min_group} that are scored "
-            f"(null and NaN mean unscored); give scores"
-        )
-    if config.pair_rewards is not None and (data.format != "preference" or not objective.needs_rewards):
-        raise ConfigError(
-            f"pair_rewards does nothing for objective {objective.name!r} on {data.format!r} rows; drop it"
-        )
-    if not online and not data.examples[0].completions:
-        raise ConfigError(
-            f"the rows hold prompts only{_lacks(data, 'prompt_completion')}; give `rewards` to sample answers online, or "
-            f"rows with completions"
-        )
-
-
-def _check_imitation(objective: Objective, data: Any) -> None:
-    """Bad answers are imitated where that was said in so many words, and nowhere else."""
-    bad = {"preference": "rejected", "unpaired": "undesired"}.get(data.format)
-    if bad is not None and any(term.imitates and term.rows is None for term in objective.terms):
-        remedy = {
-            "rejected": "set data_format: prompt_completion and columns: {completion: chosen}",
-            "undesired": "give rows with desired answers alone",
-        }[bad]
-        raise ConfigError(
-            f"objective {objective.name!r} on {data.format!r} rows would imitate the {bad} answers too; {remedy}. In a sum give "
-            f"sft rows='chosen'; where both kinds are meant, rows='all' (objective_args: {{rows: all}})"
-        )
-    kept = any(term.rows == "chosen" for term in objective.terms)
-    if bad is None and kept and not any(term.prefers for term in objective.terms):
-        raise ConfigError(
-            f"objective {objective.name!r} keeps a term to the chosen rows (rows='chosen'), and {data.format!r} rows have none; "
-            f"give preference or unpaired rows, or drop rows"
-        )
-
-
-def check_held_out(config: Config, objective: Objective, train: Any, held_out: Any, *, online: bool) -> None:
-    """Refuse evaluation rows that the objective could not train on: their numbers would mean something else.
-
-    Raises:
-        ConfigError: beginning with ``eval_data``.
-    """
-    try:
-        check_data(config, objective, held_out, online=online)
-    except ConfigError as error:
-        raise ConfigError(f"eval_data: {error}") from error
-    pairs = {"preference", "unpaired", "ranked"}
-    if train.format != held_out.format and not online and {train.format, held_out.format} & pairs:
-        raise ConfigError(
-            f"eval_data holds {held_out.format!r} rows and train_data {train.format!r} rows; give evaluation rows of the same "
-            f"format"
-        )
-
-
-def check_tokens(config: Config, tokenizer: Any) -> None:
-    """Refuse ids that the tokenizer does not have: they would never end an answer."""
-    known = max(tokenizer.get_vocab().values())
-    for name in ("stop_token_ids", "end_token_ids"):
-        for token in getattr(config, name):
-            if token > known:
-                raise ConfigError(
-                    f"{name} holds {token}, and the ids of the tokenizer end at {known}, so it does nothing; correct it, or drop "
-                    f"{name}"
-                )
-
-
-def note_positions(config: Config, model: Any, data: Any, *, online: bool) -> None:
-    """Say once that rows are longer than what the model was made for: rotary positions go on, the model's sense may not."""
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if not isinstance(limit, int) or rope.get("rope_type", "default") != "default":
-        return
-    longest = max(len(e.prompt_ids) + max((len(c.ids) for c in e.completions), default=0) for e in data.examples)
-    if online:
-        longest = max(len(e.prompt_ids) for e in data.examples) + config.max_completion_length
-    if longest > limit:
-        logger.warning(
-            f"rows may have {longest} tokens and the model was made for max_position_embeddings={limit}; where it has not "
-            f"learned more, lower max_prompt_length (now {config.max_prompt_length}) or max_completion_length (now "
-            f"{config.max_completion_length})"
-        )
-
-
-def _lacks(data: Any, form: str) -> str:
-    """What keeps rows from being of another format, near misses of column names included."""
-    from rlft.data.formats import check_format
-
-    try:
-        check_format(form, data.examples[0].columns)
-    except ValueError as error:
-        return f" ({error})"
-    return ""

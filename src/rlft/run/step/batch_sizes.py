@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.setup import comparison_settings as pairwise_rules
-
-if TYPE_CHECKING:
-    pass
-
+from rlft.run.step import pairing
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["Plan", "plan", "steps_per_generation"]
+__all__ = ["BatchSizes", "batch_sizes", "steps_per_generation"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchSizes:
     """The arithmetic of a run, per process unless it says otherwise.
 
     Attributes:
@@ -48,9 +43,9 @@ def steps_per_generation(config: Config) -> int:
     return (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
 
 
-def plan(
+def batch_sizes(
     config: Config, objective: Objective, examples: int | None, rows_per_example: int, world: int, *, online: bool
-) -> Plan:
+) -> BatchSizes:
     """Batch sizes and step counts. Online, per_device_train_batch_size counts completions, as in TRL."""
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if online:
@@ -59,16 +54,16 @@ def plan(
         draws = micro * steps * accumulation // n
         updates = steps * config.num_iterations
         groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
-        if pairwise_rules.wants_pairs(objective):
+        if pairing.wants_pairs(objective):
             # a pair is two rows; losses that compare all pairs of a step take them in one micro-batch
-            every = groups * pairwise_rules.groups_per_prompt(config, objective)
+            every = groups * pairing.groups_per_prompt(config, objective)
             micro_groups = every if objective.couples_rows else max(1, micro // 2)
     else:
         draws = groups = micro * accumulation
         updates, rows, micro_groups = 1, micro * rows_per_example, micro
     if examples is None:  # a stream
         assert config.max_steps is not None
-        return Plan(config.max_steps, draws, rows, micro_groups, groups, updates, None)
+        return BatchSizes(config.max_steps, draws, rows, micro_groups, groups, updates, None)
     if examples < draws * world:
         raise ConfigError(
             f"{examples} training examples are fewer than one step takes ({draws} on each of {world} processes); lower "
@@ -87,4 +82,4 @@ def plan(
         raise ConfigError(
             f"warmup_steps={config.warmup_steps} is more than the {total} steps of this run; lower warmup_steps"
         )
-    return Plan(total, draws, rows, micro_groups, groups, updates, per_epoch)
+    return BatchSizes(total, draws, rows, micro_groups, groups, updates, per_epoch)

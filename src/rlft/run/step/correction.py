@@ -6,9 +6,9 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from rlft._terms import BEHAVIOUR, Term
 from rlft.config import Config, ConfigError
 from rlft.losses.importance import importance_weights
 from rlft.objective import Objective
+from rlft.run.measure.journal import Journal
+from rlft.run.step.watchers import Watcher
 from rlft.types import Batch, LossOutput
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["DEFAULTS", "apply", "check", "corrected", "record", "settings"]
+__all__ = ["DEFAULTS", "SamplerCorrection", "check_correction", "corrected", "corrected_for", "correction_settings"]
 
 logger = logging.getLogger("rlft")
 
@@ -32,18 +31,18 @@ DEFAULTS: dict[str, Any] = {"level": "token", "mode": "truncate", "cap": 2.0, "f
 _FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def settings(config: Config) -> dict[str, Any] | None:
+def correction_settings(config: Config) -> dict[str, Any] | None:
     """The options of the correction, with defaults; None where there is none."""
     return None if config.sampler_correction is None else {**DEFAULTS, **config.sampler_correction}
 
 
-def check(config: Config, objective: Objective) -> None:
+def check_correction(config: Config, objective: Objective) -> None:
     """Refuse a correction that cannot work, for an online run.
 
     Raises:
         ConfigError: naming the setting and the remedy.
     """
-    options = settings(config)
+    options = correction_settings(config)
     if options is None:
         return
     for name in options:
@@ -100,64 +99,72 @@ def _weighed(term: Term, options: Mapping[str, Any]) -> Term:
     return replace(term, function=weighed, tensors=(*term.tensors, "old_logps", "sampler_logps", "mask"))
 
 
-def apply(trainer: Trainer) -> Objective:
-    """The trainer's objective, corrected where the settings say so. Logs what no weight can repair."""
-    c, objective = trainer.config, trainer.objective
-    if not trainer.online:
-        return objective
-    own = _samples_from_the_policy(trainer)
-    filters = [name for name, off in _FILTERS.items() if getattr(c, name) != off]
-    options = settings(c)
+def corrected_for(sampler: Any, config: Config, objective: Objective, *, warns: bool) -> Objective:
+    """The objective of an online run, corrected where the settings say so. Logs what no weight can repair.
+
+    Args:
+        sampler: of the run.
+        config: settings, checked.
+        objective: of the run.
+        warns: whether this process is the one that says it.
+    """
+    own, kind = bool(getattr(sampler, "reads_live_weights", False)), type(sampler).__name__
+    filters = [name for name, off in _FILTERS.items() if getattr(config, name) != off]
+    options = correction_settings(config)
     if options is None:
         biased = objective.on_policy_only or bool(BEHAVIOUR & objective.needs)
-        if biased and not own and trainer.is_main:
+        if biased and not own and warns:
             logger.warning(
                 f"objective {objective.name!r} takes the policy's own distribution for the sampler's, and "
-                f"{type(trainer.sampler).__name__} may differ from it; use agro_off_policy, which does not mind"
+                f"{kind} may differ from it; use agro_off_policy, which does not mind"
                 + ("" if BEHAVIOUR & objective.needs else ", or sampler_correction: {level: sequence}")
             )
         return objective
-    if trainer.is_main and filters:
+    if warns and filters:
         logger.warning(
-            f"sampler_correction cannot bring back tokens that {filters[0]}={getattr(c, filters[0])!r} never draws: what it "
+            f"sampler_correction cannot bring back tokens that {filters[0]}={getattr(config, filters[0])!r} never draws: what it "
             f"corrects is within the tokens that are left; drop {filters[0]} for an unbiased gradient"
         )
-    elif trainer.is_main and own and not c.replay_probability:
+    elif warns and own and not config.replay_probability:
         logger.warning(
-            f"sampler_correction has next to nothing to do: {type(trainer.sampler).__name__} samples from the policy itself, so "
+            f"sampler_correction has next to nothing to do: {kind} samples from the policy itself, so "
             f"weights are 1 up to rounding; it is meant for another engine (sampler: vllm)"
         )
     return corrected(objective, options)
 
 
-def _samples_from_the_policy(trainer: Trainer) -> bool:
-    return bool(getattr(trainer.sampler, "reads_live_weights", False))
+class SamplerCorrection(Watcher):
+    """Measures how far the sampler is from the trainer, and what the weights did.
 
+    Args:
+        options: of the correction, with defaults.
+        journal: takes the metrics.
+    """
 
-@torch.no_grad()
-def record(trainer: Trainer, batch: Batch, outputs: Mapping[str, Tensor]) -> None:
-    """Metrics of one micro-batch: how far the sampler is from the trainer, and what the weights did."""
-    options = settings(trainer.config)
-    if options is None:
-        return
-    mask, rows = batch.mask, batch.mask.any(-1)
-    old_logps = batch.old_logps if batch.old_logps is not None else outputs["logps"].detach()
-    gap = (old_logps - batch.extras["sampler_logps"]).double().where(mask, 0.0)
-    weights = importance_weights(old_logps, batch.extras["sampler_logps"], mask, **options).double()
-    if options["level"] == "sequence":
-        log_weights, shown, where = reduce.sequence_sum(gap, mask), weights.amax(-1), rows
-    else:
-        log_weights, shown, where = gap, weights, mask
-    outside = log_weights > math.log(options["cap"])
-    if options["floor"] > 0:
-        outside |= log_weights < math.log(options["floor"])
-    add = trainer.metrics.add
-    add("sampling/importance_sampling_ratio/mean", shown, where)
-    trainer.metrics.add_max("sampling/importance_sampling_ratio/max", shown, where)
-    name = "sampling/truncated_fraction" if options["mode"] == "truncate" else "sampling/masked_fraction"
-    add(name, outside.double(), where)
-    add("sampling/sampling_logp_difference/mean", gap.abs(), mask)
-    trainer.metrics.add_max("sampling/sampling_logp_difference/max", gap.abs(), mask)
-    # k3 on the sampler's tokens estimates KL(sampler || trainer); beyond 50 nats a float64 says no more than that
-    bounded = gap.clamp(max=50.0)
-    add("sampling/kl", bounded.expm1() - bounded, mask)
+    def __init__(self, options: Mapping[str, Any], journal: Journal) -> None:
+        self.options, self.journal = options, journal
+
+    @torch.no_grad()
+    def saw(self, batch: Batch, outputs: Mapping[str, Tensor], results: Sequence[LossOutput]) -> None:
+        """Metrics of one micro-batch."""
+        options, metrics = self.options, self.journal.metrics
+        mask, rows = batch.mask, batch.mask.any(-1)
+        old_logps = batch.old_logps if batch.old_logps is not None else outputs["logps"].detach()
+        gap = (old_logps - batch.extras["sampler_logps"]).double().where(mask, 0.0)
+        weights = importance_weights(old_logps, batch.extras["sampler_logps"], mask, **options).double()
+        if options["level"] == "sequence":
+            log_weights, shown, where = reduce.sequence_sum(gap, mask), weights.amax(-1), rows
+        else:
+            log_weights, shown, where = gap, weights, mask
+        outside = log_weights > math.log(options["cap"])
+        if options["floor"] > 0:
+            outside |= log_weights < math.log(options["floor"])
+        metrics.add("sampling/importance_sampling_ratio/mean", shown, where)
+        metrics.add_max("sampling/importance_sampling_ratio/max", shown, where)
+        name = "sampling/truncated_fraction" if options["mode"] == "truncate" else "sampling/masked_fraction"
+        metrics.add(name, outside.double(), where)
+        metrics.add("sampling/sampling_logp_difference/mean", gap.abs(), mask)
+        metrics.add_max("sampling/sampling_logp_difference/max", gap.abs(), mask)
+        # k3 on the sampler's tokens estimates KL(sampler || trainer); beyond 50 nats a float64 says no more than that
+        bounded = gap.clamp(max=50.0)
+        metrics.add("sampling/kl", bounded.expm1() - bounded, mask)

@@ -6,27 +6,32 @@ says, and does, the same about them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlft.config import Config
 from rlft.errors import TrainingError
-from rlft.run.step import update as guard
+from rlft.objective import Objective
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
+from rlft.run.step.watchers import Watcher
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["EQUAL_STEPS", "Tally", "masks", "scores", "settle", "spreads"]
+__all__ = ["EQUAL_STEPS", "FLIP_SHARE", "FlipWatch", "GenerationCounts"]
 
 #: Generations in a row with nothing but equal rewards after which the log says so.
 EQUAL_STEPS = 10
+#: Share of answers with A > 2 beta above which the likelihood-ratio term is said to push the wrong way.
+FLIP_SHARE = 0.1
 
 
 @dataclass
-class Tally:
+class _Counts:
     """Counts of one generation.
 
     Attributes:
@@ -46,85 +51,158 @@ class Tally:
     masked: int = 0
 
 
-def scores(trainer: Trainer, values: Tensor) -> None:
-    """Note rewards, or the answers of a judge, NaN where there was none. Held-out prompts are no steps, and not counted."""
-    if not trainer.evaluating:
-        trainer.tally.asked += values.numel()
-        trainer.tally.unscored += int(values.isnan().sum())
+class GenerationCounts:
+    """Owns the counts of the present generation, and of generations in a row that taught nothing.
 
+    Args:
+        config: the run's settings.
+        objective: whether equal rewards teach something.
+        processes: of the run.
+        journal: where what is odd is said.
+        judged: whether a judge scores.
 
-def spreads(trainer: Trainer, equal: Tensor, usable: Tensor) -> None:
-    """Note which groups earned equal rewards, of those that can be compared."""
-    trainer.tally.groups += int(usable.sum())
-    trainer.tally.equal += int((equal & usable).sum())
-
-
-def masks(trainer: Trainer, mask: Tensor) -> None:
-    """Note answers by their masks, ``[B, T]``."""
-    trainer.tally.rows += mask.shape[0]
-    trainer.tally.masked += int((~mask.any(-1)).sum())
-
-
-def settle(trainer: Trainer) -> None:
-    """Add up over all processes, say once what is odd, and stop a run that has learnt nothing for too long. Collective.
-
-    Raises:
-        TrainingError: on every process, when nothing was scored for ``max_unscored_steps`` generations in a row.
+    Attributes:
+        equal_steps: generations in a row whose groups all earned equal rewards.
+        unscored_steps: generations in a row without any score.
+        all_masked: whether no answer of the last generation has a token to train on.
     """
-    own = torch.tensor(dataclasses.astuple(trainer.tally), dtype=torch.float64, device=trainer.device)
-    found = Tally(*(int(count) for count in trainer.accelerator.reduce(own, reduction="sum").tolist()))
-    trainer.tally = Tally()
-    _masked(trainer, found)
-    _equal(trainer, found)
-    _unscored(trainer, found)
 
+    def __init__(
+        self, config: Config, objective: Objective, processes: Processes, journal: Journal, *, judged: bool
+    ) -> None:
+        self.config, self.processes, self.journal, self.judged = config, processes, journal, judged
+        self.compares = objective.min_group >= 2  # without a baseline from siblings, equal rewards still teach
+        self.equal_steps = self.unscored_steps = 0
+        self.all_masked = False
+        self._now = _Counts()
 
-def _masked(trainer: Trainer, found: Tally) -> None:
-    trainer.all_masked = 0 < found.rows == found.masked
-    if found.masked:
-        guard.told(
-            trainer,
-            "masked",
-            f"step {trainer.step + 1}: {found.masked} of {found.rows} answers have no token to train on "
-            f"(no end within max_completion_length={trainer.config.max_completion_length}) and contribute 0; "
-            f"completions/clipped_ratio counts them",
+    # -- while a generation is sampled ------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        """Around the sampling and scoring of a generation. Collective at its end.
+
+        Raises:
+            TrainingError: on every process, when nothing was scored for ``max_unscored_steps`` generations in a row.
+        """
+        self._now = _Counts()
+        with self.processes.together():
+            yield
+        found = _Counts(*(int(n) for n in self.processes.sum(torch.tensor(self._own(), dtype=torch.float64)).tolist()))
+        self._now = _Counts()
+        at = f"step {self.processes.progress.step + 1}"
+        self._settle_masked(found, at)
+        self._settle_equal(found, at)
+        self._settle_unscored(found, at)
+
+    def _own(self) -> tuple[int, ...]:
+        return dataclasses.astuple(self._now)
+
+    def scored(self, values: Tensor) -> None:
+        """Note rewards, or the answers of a judge, NaN where there was none."""
+        self._now.asked += values.numel()
+        self._now.unscored += int(values.isnan().sum())
+
+    def spread(self, equal: Tensor, usable: Tensor) -> None:
+        """Note which groups earned equal rewards, of those that can be compared."""
+        self._now.groups += int(usable.sum())
+        self._now.equal += int((equal & usable).sum())
+
+    def masked(self, mask: Tensor) -> None:
+        """Note answers by their masks, ``[B, T]``."""
+        self._now.rows += mask.shape[0]
+        self._now.masked += int((~mask.any(-1)).sum())
+
+    # -- what it came to --------------------------------------------------------------------------------------------------
+    def _settle_masked(self, found: _Counts, at: str) -> None:
+        self.all_masked = 0 < found.rows == found.masked
+        if found.masked:
+            self.journal.warn_once(
+                "masked",
+                f"{at}: {found.masked} of {found.rows} answers have no token to train on "
+                f"(no end within max_completion_length={self.config.max_completion_length}) and contribute 0; "
+                f"completions/clipped_ratio counts them",
+            )
+
+    def _settle_equal(self, found: _Counts, at: str) -> None:
+        """Groups whose answers all earn the same have no advantage: said once, and once more when it goes on."""
+        self.equal_steps = self.equal_steps + 1 if 0 < found.groups == found.equal else 0
+        if not found.equal or not self.compares:
+            return
+        self.journal.warn_once(
+            "equal",
+            f"{at}: {found.equal} of {found.groups} groups earn equal rewards, so their advantage is 0 "
+            f"(frac_reward_zero_std counts them; dynamic_sampling: true draws others)",
         )
+        if self.equal_steps == EQUAL_STEPS:
+            self.journal.warn_once(
+                "all equal",
+                f"{at}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
+                f"teach nothing; look at a printed answer (log_completions), use easier or harder prompts, more "
+                f"num_generations (now {self.config.num_generations}), or dynamic_sampling: true",
+            )
 
-
-def _equal(trainer: Trainer, found: Tally) -> None:
-    """Groups whose answers all earn the same have no advantage: said once, and once more when it goes on."""
-    trainer.equal_steps = trainer.equal_steps + 1 if 0 < found.groups == found.equal else 0
-    if (
-        not found.equal or trainer.objective.min_group < 2
-    ):  # without a baseline from siblings, equal rewards still teach
-        return
-    guard.told(
-        trainer,
-        "equal",
-        f"step {trainer.step + 1}: {found.equal} of {found.groups} groups earn equal rewards, so their advantage is 0 "
-        f"(frac_reward_zero_std counts them; dynamic_sampling: true draws others)",
-    )
-    if trainer.equal_steps == EQUAL_STEPS:
-        guard.told(
-            trainer,
-            "all equal",
-            f"step {trainer.step + 1}: all groups earned equal rewards for {EQUAL_STEPS} generations in a row, so the rewards "
-            f"teach nothing; look at a printed answer (log_completions), use easier or harder prompts, more "
-            f"num_generations (now {trainer.config.num_generations}), or dynamic_sampling: true",
-        )
-
-
-def _unscored(trainer: Trainer, found: Tally) -> None:
-    if found.asked:
-        trainer.unscored_steps = trainer.unscored_steps + 1 if found.asked == found.unscored else 0
-    if trainer.unscored_steps < trainer.config.max_unscored_steps:
-        return
-    if trainer.judge is not None:
+    def _settle_unscored(self, found: _Counts, at: str) -> None:
+        if found.asked:
+            self.unscored_steps = self.unscored_steps + 1 if found.asked == found.unscored else 0
+        if self.unscored_steps < self.config.max_unscored_steps:
+            return
+        if self.judged:
+            raise TrainingError(
+                f"{at}: the judge had no answer for {self.unscored_steps} steps in a row (it returned None "
+                f"for every two answers); call it on two texts by hand"
+            )
         raise TrainingError(
-            f"step {trainer.step + 1}: the judge had no answer for {trainer.unscored_steps} steps in a row (it returned None "
-            f"for every two answers); call it on two texts by hand"
+            f"{at}: no answer was scored for {self.unscored_steps} steps in a row "
+            f"(every reward was None); check the reward functions on one printed answer (log_completions)"
         )
-    raise TrainingError(
-        f"step {trainer.step + 1}: no answer was scored for {trainer.unscored_steps} steps in a row "
-        f"(every reward was None); check the reward functions on one printed answer (log_completions)"
-    )
+
+    def anything_to_learn(self, denominators: Tensor) -> bool:
+        """Whether the step has anything to train on.
+
+        Raises:
+            TrainingError: where all answers of the generation are masked.
+        """
+        if bool((denominators > 0).any()):
+            return True
+        at = f"step {self.processes.progress.step + 1}"
+        if self.all_masked:
+            raise TrainingError(
+                f"{at}: no token of the whole batch is trained on: every answer was masked, as those "
+                f"without an end are with mask_truncated_completions. Raise max_completion_length (now "
+                f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
+            )
+        self.journal.warn_once("empty", f"{at}: nothing could be trained on, so the weights stay as they are")
+        return False
+
+    # -- kept ---------------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Generations in a row that taught nothing."""
+        return {"unscored_steps": self.unscored_steps, "equal_steps": self.equal_steps}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take :meth:`state_dict` back."""
+        self.unscored_steps = values.get("unscored_steps", self.unscored_steps)
+        self.equal_steps = values.get("equal_steps", self.equal_steps)
+
+
+class FlipWatch(Watcher):
+    """Says once when the likelihood-ratio term lowers the probability of many good answers.
+
+    Args:
+        objective: with such a term.
+        journal: where it is said.
+    """
+
+    def __init__(self, objective: Objective, journal: Journal) -> None:
+        self.name, self.journal, self.beta = objective.name, journal, objective.beta
+
+    def logged(self, values: Mapping[str, float]) -> None:
+        share = values.get("agro/flip_fraction", 0.0)
+        if share > FLIP_SHARE:
+            self.done = True
+            self.journal.warn_once(
+                "flips",
+                f"step {self.journal.progress.step}: {share:.0%} of the answers have A > 2 beta (agro/flip_fraction, more than "
+                f"{FLIP_SHARE:.0%}); there the likelihood-ratio term of {self.name!r} outweighs the rest and lowers the "
+                f"probability of good answers. Set lr_coef: 0 (or agro_off_policy), or raise beta (now {self.beta:g})",
+            )

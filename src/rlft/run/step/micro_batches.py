@@ -2,56 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlft._terms import BEHAVIOUR, MOMENTS, Term
-from rlft.run.step import update as guard
+from rlft.config import Config
+from rlft.errors import TrainingError
+from rlft.objective import Objective
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes, on_cpu
+from rlft.run.step.batch_sizes import BatchSizes
 from rlft.types import Batch
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = [
-    "blank",
-    "by_rows",
-    "by_tokens",
-    "drops_zero_advantages",
-    "note_layout",
-    "split",
-    "unread",
-    "without_gradient",
-    "without_idle_rows",
-]
+__all__ = ["MicroBatches", "blank", "by_rows", "by_tokens"]
 
 
-def split(trainer: Trainer, batch: Batch) -> list[Batch]:
-    """The micro-batches of one process and optimizer step."""
-    c, p = trainer.config, trainer.plan
-    if c.max_tokens_per_micro_batch is not None:
-        pieces = by_tokens(batch, c.max_tokens_per_micro_batch, whole=trainer.objective.needs_groups)
-        return [batch.select(rows) for rows in pieces]
-    if trainer.online and not trainer.objective.needs_groups:
-        return batch.split(p.micro_batch_rows, keep_groups=False)
-    return batch.split_groups(p.micro_batch_groups)
-
-
-def without_gradient(trainer: Trainer, batch: Batch, *, alone: bool = False) -> list[Tensor]:
-    """Row numbers of passes without gradient: each no larger than a micro-batch, by tokens where the run counts those.
+class MicroBatches:
+    """Cuts the batch of a step, and says what its passes cost. It holds nothing of its own.
 
     Args:
-        trainer: its settings.
-        batch: any batch.
-        alone: other processes may have another number of batches. Sharded passes wait for each other, and lengths differ
-            between processes, so there rows are counted.
+        config: the run's settings.
+        sizes: rows and groups of a micro-batch.
+        objective: which groups stay whole, and which rows teach nothing; its weights do not matter here.
+        processes: of the run.
+        journal: takes in what passes cost, and rows that were left out.
+        online: whether answers are sampled.
     """
-    budget = trainer.config.max_tokens_per_micro_batch
-    if budget is not None and not (alone and guard.sharded(trainer)):
-        return by_tokens(batch, budget, whole=False)
-    return by_rows(batch, max(trainer.plan.micro_batch_rows, 1))
+
+    def __init__(
+        self,
+        config: Config,
+        sizes: BatchSizes,
+        objective: Objective,
+        processes: Processes,
+        journal: Journal,
+        *,
+        online: bool,
+    ) -> None:
+        self.sizes, self.objective, self.processes, self.journal = sizes, objective, processes, journal
+        self.budget, self.online = config.max_tokens_per_micro_batch, online
+        #: Whether rows with advantage 0 are left out: nothing in the loss but the advantage times something. The KL of a trust
+        #: region is over all rows.
+        self.drops_zero_advantages = (
+            config.drop_zero_advantages and objective.advantage_weighted and objective.trust_region is None
+        )
+
+    # -- cuts -----------------------------------------------------------------------------------------------------------
+    def split(self, batch: Batch) -> list[Batch]:
+        """The micro-batches of one process and optimizer step."""
+        if self.budget is not None:
+            return [batch.select(rows) for rows in by_tokens(batch, self.budget, whole=self.objective.needs_groups)]
+        if self.online and not self.objective.needs_groups:
+            return batch.split(self.sizes.micro_batch_rows, keep_groups=False)
+        return batch.split_groups(self.sizes.micro_batch_groups)
+
+    def without_gradient(self, batch: Batch, *, alone: bool = False) -> list[Tensor]:
+        """Row numbers of passes without gradient: each no larger than a micro-batch, by tokens where the run counts those.
+
+        Args:
+            batch: any batch.
+            alone: other processes may have another number of batches. Sharded passes wait for each other, and lengths
+                differ between processes, so there rows are counted.
+        """
+        if self.budget is not None and not (alone and self.processes.sharded):
+            return by_tokens(batch, self.budget, whole=False)
+        return by_rows(batch, max(self.sizes.micro_batch_rows, 1))
+
+    def for_training(self, micro_batches: list[Batch]) -> list[Batch]:
+        """Idle rows left out, on the device, and as many on every process: sharded passes wait for each other. Collective."""
+        batches = [b.to(self.processes.device) for b in self._without_idle_rows(micro_batches)]
+        if self.processes.world_size == 1:
+            return batches
+        count = self.processes.most(len(batches))
+        if not batches:
+            raise TrainingError(
+                f"step {self.processes.progress.step + 1}: process {self.processes.rank} has no examples; use a larger dataset "
+                f"or fewer processes"
+            )
+        return batches + [blank(batches[0])] * (count - len(batches))
+
+    def one_by_one(self, micro_batches: list[Batch], model: Any) -> Iterator[Batch]:
+        """Each micro-batch of a step; gradients are exchanged in the last one's backward pass. Looks for signals between."""
+        last = len(micro_batches) - 1
+        for index, batch in enumerate(micro_batches):
+            if index:
+                self.processes.poll(boundary=on_cpu())
+            with contextlib.nullcontext() if index == last else self.processes.accelerator.no_sync(model):
+                yield batch
+
+    # -- rows that teach nothing ------------------------------------------------------------------------------------------
+    def unread(self, batch: Batch) -> Tensor:
+        """``[B]``: rows whose old and reference log-probs, values and states nothing reads.
+
+        Without a token that counts; and, once advantages are known, those that the update will leave out.
+        """
+        blank_rows = ~batch.mask.any(-1)
+        if batch.advantages is None or not self.drops_zero_advantages:
+            return blank_rows
+        return blank_rows | _weightless(batch)
+
+    def _without_idle_rows(self, micro_batches: list[Batch]) -> list[Batch]:
+        """Leave out rows with neither loss nor gradient.
+
+        That is: without a token that counts, and, where the objective is the advantage times something, with advantage 0.
+        Where a row's place in its group matters, as in pairs, a group goes only as a whole.
+
+        The step's denominators are counted before, over all rows, so loss and gradient stay what they are. Metrics of the
+        forward pass (entropy, clip ratios) are then over the rows that went through it.
+
+        Args:
+            micro_batches: of one process and step.
+
+        Returns:
+            Micro-batches of the rows that are left; one row (or group, where the objective compares rows) where none is,
+            since sharded processes pass through the model together.
+        """
+        if not micro_batches or self.objective.couples_rows:
+            return micro_batches
+        # without advantages the loss says that it lacks them
+        weighted = self.drops_zero_advantages and all(b.advantages is not None for b in micro_batches)
+        idle = [_weightless(batch) if weighted else self._blank_rows(batch) for batch in micro_batches]
+        everything = torch.cat(idle)
+        if weighted:
+            self.journal.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
+        if not bool(everything.any()):
+            return micro_batches
+        kept = [
+            b.select((~rows).nonzero()[:, 0]) for b, rows in zip(micro_batches, idle, strict=True) if not rows.all()
+        ]
+        return self.split(Batch.concat(kept)) if kept else [self._least(micro_batches[0])]
+
+    def _blank_rows(self, batch: Batch) -> Tensor:
+        """``[B]``: rows without a token that counts; where groups stay whole, only if no row of the group has one."""
+        blank_rows = ~batch.mask.any(-1)
+        if not any(_keeps_groups(term, batch) for term in self.objective.terms):
+            return blank_rows
+        alive = torch.zeros(batch.num_groups, dtype=torch.bool, device=batch.device)
+        alive[batch.group_ids[~blank_rows].long()] = True
+        return ~alive[batch.group_ids.long()]
+
+    def _least(self, batch: Batch) -> Batch:
+        """The least that can pass through the model where no row counts."""
+        if self.objective.needs_groups:
+            return blank(batch)
+        row = batch.select(batch.completion_mask.sum(-1).argmin()[None])
+        # its old log-probs were not computed (see unread), and zeros would be measured as if they were
+        unknown = row.old_logps is not None and not bool(row.old_logps.where(row.mask, 0.0).any())
+        return row.replace(old_logps=None) if unknown else row
+
+    # -- what passes cost -------------------------------------------------------------------------------------------------
+    def note_layout(self, policy: Any, batch: Batch) -> None:
+        """Metrics of the forward pass that just ran: how much of it was padding, and what shared prompts saved."""
+        used, needs = policy.layout_used, self.objective.needs
+        inside = self.objective.needs_reference and batch.ref_states is None
+        inside = inside and (batch.ref_logps is None or bool(needs & {"token_kl", *MOMENTS}))
+        behaviour = bool(needs & BEHAVIOUR) and batch.behaviour_states is None and self.sizes.updates_per_generation > 1
+        self.journal.meter.passed(used, backward=True, passes=1 + inside + behaviour)
+        if used.computed:
+            self.journal.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))
+            self.journal.add("prompt_sharing", used.repeated / max(1, used.tokens), weight=float(used.tokens))
 
 
 def by_tokens(batch: Batch, budget: int, *, whole: bool = True) -> list[Tensor]:
@@ -103,71 +216,12 @@ def _packed(batch: Batch, fits: Callable[[int, int], bool], *, whole: bool) -> l
     return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 
 
-# -- rows that teach nothing ------------------------------------------------------------------------------------------
-def drops_zero_advantages(trainer: Trainer) -> bool:
-    """Whether rows with advantage 0 are left out: nothing in the loss but the advantage times something."""
-    # the KL of a trust region is over all rows
-    return trainer.config.drop_zero_advantages and trainer.objective.advantage_weighted and trainer.trust_step is None
-
-
-def unread(trainer: Trainer, batch: Batch) -> Tensor:
-    """``[B]``: rows whose old and reference log-probs, values and states nothing reads.
-
-    Without a token that counts; and, once advantages are known, those that the update will leave out.
-    """
-    blank_rows = ~batch.mask.any(-1)
-    if batch.advantages is None or not drops_zero_advantages(trainer):
-        return blank_rows
-    return blank_rows | _weightless(batch)
-
-
-def without_idle_rows(trainer: Trainer, micro_batches: list[Batch]) -> list[Batch]:
-    """Leave out rows with neither loss nor gradient.
-
-    That is: without a token that counts, and, where the objective is the advantage times something, with advantage 0. Where
-    a row's place in its group matters, as in pairs, a group goes only as a whole.
-
-    The step's denominators are counted before, over all rows, so loss and gradient stay what they are. Metrics of the
-    forward pass (entropy, clip ratios) are then over the rows that went through it.
-
-    Args:
-        trainer: says what the objective allows.
-        micro_batches: of one process and step.
-
-    Returns:
-        Micro-batches of the rows that are left; one row (or group, where the objective compares rows) where none is, since
-        sharded processes pass through the model together.
-    """
-    if not micro_batches or trainer.objective.couples_rows:
-        return micro_batches
-    # without advantages the loss says that it lacks them
-    weighted = drops_zero_advantages(trainer) and all(b.advantages is not None for b in micro_batches)
-    idle = [_weightless(batch) if weighted else _blank_rows(trainer, batch) for batch in micro_batches]
-    everything = torch.cat(idle)
-    if weighted:
-        trainer.metrics.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
-    if not bool(everything.any()):
-        return micro_batches
-    kept = [b.select((~rows).nonzero()[:, 0]) for b, rows in zip(micro_batches, idle, strict=True) if not rows.all()]
-    return split(trainer, Batch.concat(kept)) if kept else [_least(trainer, micro_batches[0])]
-
-
 def _weightless(batch: Batch) -> Tensor:
     """``[B]``: every advantage 0 or masked."""
     advantages = batch.advantages
     assert advantages is not None
     wide = advantages[:, None] if advantages.ndim == 1 else advantages
     return ((wide == 0) | ~batch.mask).all(-1)
-
-
-def _blank_rows(trainer: Trainer, batch: Batch) -> Tensor:
-    """``[B]``: rows without a token that counts; where groups stay whole, only if no row of the group has one."""
-    blank_rows = ~batch.mask.any(-1)
-    if not any(_keeps_groups(term, batch) for term in trainer.objective.terms):
-        return blank_rows
-    alive = torch.zeros(batch.num_groups, dtype=torch.bool, device=batch.device)
-    alive[batch.group_ids[~blank_rows].long()] = True
-    return ~alive[batch.group_ids.long()]
 
 
 def _keeps_groups(term: Term, batch: Batch) -> bool:
@@ -178,29 +232,7 @@ def _keeps_groups(term: Term, batch: Batch) -> bool:
     return "group_ids" in term.sources and (term.prefers or not ours)
 
 
-def _least(trainer: Trainer, batch: Batch) -> Batch:
-    """The least that can pass through the model where no row counts."""
-    if trainer.objective.needs_groups:
-        return blank(batch)
-    row = batch.select(batch.completion_mask.sum(-1).argmin()[None])
-    # its old log-probs were not computed (see unread), and zeros would be measured as if they were
-    unknown = row.old_logps is not None and not bool(row.old_logps.where(row.mask, 0.0).any())
-    return row.replace(old_logps=None) if unknown else row
-
-
 def blank(batch: Batch) -> Batch:
     """A batch of one group that counts nowhere, for a process that has fewer micro-batches than another."""
     small = batch.select((batch.group_ids == batch.group_ids[0]).nonzero()[:, 0])
     return small.replace(mask=torch.zeros_like(small.mask))
-
-
-def note_layout(trainer: Trainer, batch: Batch) -> None:
-    """Metrics of the forward pass that just ran: how much of it was padding, and what shared prompts saved."""
-    used, needs = trainer.policy.layout_used, trainer.objective.needs
-    inside = trainer.objective.needs_reference and batch.ref_states is None
-    inside = inside and (batch.ref_logps is None or bool(needs & {"token_kl", *MOMENTS}))
-    behaviour = bool(needs & BEHAVIOUR) and batch.behaviour_states is None and trainer.plan.updates_per_generation > 1
-    trainer.meter.passed(used, backward=True, passes=1 + inside + behaviour)
-    if used.computed:
-        trainer.metrics.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))
-        trainer.metrics.add("prompt_sharing", used.repeated / max(1, used.tokens), weight=float(used.tokens))

@@ -18,7 +18,14 @@ Together = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Source(Protocol):
-    """Gives this process the micro-batches of one optimizer step, in order, and says where it stands."""
+    """Gives this process the micro-batches of one optimizer step, in order, and says where it stands.
+
+    Attributes:
+        waiting: whether a generation is not used up yet.
+    """
+
+    @property
+    def waiting(self) -> bool: ...
 
     def next(self, step: int) -> list[Batch]: ...
 
@@ -35,6 +42,7 @@ class _Ordered:
     """What the sources share: processes may read ahead for an order, and end when the run does."""
 
     order: Any
+    waiting = False
 
     def start(self) -> None:
         """Let the order begin to read ahead, where it does."""
@@ -55,7 +63,7 @@ class OfflineSource(_Ordered):
         make_batch: examples' indices -> Batch.
         prepare: fills in what the objective needs before the forward pass.
         split: Batch -> micro-batches.
-        together: what surrounds the work that this process does for itself, see :func:`rlft.run.processes.processes.together`.
+        together: what surrounds the work that this process does for itself, see :meth:`rlft.run.processes.processes.Processes.together`.
     """
 
     def __init__(
@@ -112,7 +120,7 @@ class OnlineSource(_Ordered):
         split: Batch -> micro-batches.
         iterations: passes over one generation.
         refill: dynamic sampling, or None.
-        together: what surrounds the work that this process does for itself, see :func:`rlft.run.processes.processes.together`.
+        together: what surrounds the work that this process does for itself, see :meth:`rlft.run.processes.processes.Processes.together`.
     """
 
     def __init__(
@@ -129,6 +137,14 @@ class OnlineSource(_Ordered):
         self.order, self.rollout, self.prepare, self.cut, self.split = order, rollout, prepare, cut, split
         self.iterations, self.refill, self.together = iterations, refill, together
         self.queue: list[Batch] = []
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.queue)
+
+    def without_reference(self) -> None:
+        """The reference has moved: what is left of a generation is compared with it as it is now."""
+        self.queue = [batch.replace(ref_logps=None, ref_states=None) for batch in self.queue]
 
     def next(self, step: int) -> list[Batch]:
         if not self.queue:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,67 +11,81 @@ from torch import Tensor, nn
 from rlft import trust_region
 from rlft.config import ConfigError
 from rlft.models import fisher
+from rlft.objective import Objective
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
 from rlft.types import Batch
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = ["TrustStep"]
+__all__ = ["TrustRegion"]
 
 
-class TrustStep:
+class TrustRegion:
     """Natural-gradient steps of the policy's trainable weights; a critic is left to the optimizer.
 
     Sums run over all micro-batches and processes, so the split changes nothing. Between steps it holds nothing, and so
     has no place in a checkpoint.
 
     Args:
-        trainer: the run; its objective has a trust region.
+        objective: has a trust region.
+        policy: unwrapped.
+        processes: of the run.
+        journal: takes the metrics of the step.
+        forward: the trainer's forward pass, ``(batch, want) -> outputs``.
+        temperature: divides the logits.
+        max_grad_norm: of the critic's gradient.
 
     Raises:
         ConfigError: for a policy that cannot be differentiated twice, or weights that are sharded.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        from accelerate.utils import DistributedType
-
-        region = trainer.objective.trust_region
+    def __init__(
+        self,
+        objective: Objective,
+        policy: Any,
+        *,
+        processes: Processes,
+        journal: Journal,
+        forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
+        temperature: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        region, name = objective.trust_region, objective.name
         assert region is not None
-        name = trainer.objective.name
-        if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if processes.sharded:
             raise ConfigError(
                 f"objective {name!r} needs whole weights on every process; launch without FSDP and DeepSpeed "
                 f"(configs/accelerate/ddp.yaml)"
             )
-        if why := fisher.why_not(trainer.policy):
+        if why := fisher.why_not(policy):
             raise ConfigError(f"objective {name!r} cannot take its step: {why}")
-        self.trainer, self.region = trainer, region
-        critic = trainer.policy.critic
+        self.policy, self.region, self.processes, self.journal = policy, region, processes, journal
+        self.forward, self.temperature, self.max_grad_norm = forward, temperature, max_grad_norm
+        critic = policy.critic
         self.of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         others = {id(p) for p in self.of_critic}
-        self.weights = [p for p in trainer.policy.parameters() if p.requires_grad and id(p) not in others]
+        self.weights = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]
         self.batches: list[Batch] = []
         self.old: list[fisher.Remembered] = []
 
     # -- before the gradient ------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def begin(self, micro_batches: list[Batch]) -> list[Batch]:
+    def begin(self, micro_batches: list[Batch], objective: Objective) -> list[Batch]:
         """Note the policy that the step starts from; its log-probs go into the batches, where they are not yet.
 
         Args:
             micro_batches: of this step, on the device.
+            objective: of this step: a controller may have moved beta.
         """
-        trainer = self.trainer
-        self.objective = trainer.objective.without_values()  # of this step: a controller may have moved beta
-        logps = [None if b.old_logps is not None else trainer.forward(b, frozenset({"logps"})) for b in micro_batches]
+        self.objective = objective.without_values()
+        logps = [None if b.old_logps is not None else self.forward(b, frozenset({"logps"})) for b in micro_batches]
         self.batches = [
             b if new is None else b.replace(old_logps=new["logps"]) for b, new in zip(micro_batches, logps, strict=True)
         ]
         counts = torch.stack([self.objective.denominators(b) for b in self.batches]).sum(0)
         tokens = torch.tensor([float(sum(int(b.mask.sum()) for b in self.batches))], dtype=torch.float64)
-        both = self._over_processes(torch.cat([counts.cpu().double(), tokens]).to(trainer.device)).cpu()
+        both = self.processes.sum(torch.cat([counts.cpu().double(), tokens])).cpu()
         self.counts, self.tokens = both[:-1], float(both[-1])
-        self.old = fisher.remember(trainer.policy, self.batches)
+        self.old = fisher.remember(self.policy, self.batches)
         self.before = self._loss()
         return self.batches
 
@@ -88,20 +103,18 @@ class TrustStep:
             region=self.region,
         )
         for name, value in done._asdict().items():
-            self.trainer.metrics.add(f"trust_region/{name}", float(value))
+            self.journal.add(f"trust_region/{name}", float(value))
         for p in self.weights:
             p.grad = None
-        limit = self.trainer.config.max_grad_norm
-        if self.of_critic and limit is not None:
-            nn.utils.clip_grad_norm_(self.of_critic, limit)
+        if self.of_critic and self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.of_critic, self.max_grad_norm)
         self.batches, self.old = [], []
 
     def _fisher(self) -> trust_region.Product:
         """``v -> F v``. The graph of a single micro-batch is kept for all products; several are built anew each time."""
-        temperature = self.trainer.scoring_temperature
 
         def linearised(batch: Batch) -> fisher.PolicyFisher:
-            return fisher.PolicyFisher(self.trainer.policy, batch, self.weights, temperature=temperature)
+            return fisher.PolicyFisher(self.policy, batch, self.weights, temperature=self.temperature)
 
         kept = linearised(self.batches[0]) if len(self.batches) == 1 else None
 
@@ -110,7 +123,7 @@ class TrustStep:
             total = torch.zeros_like(vector)
             for batch in self.batches:
                 total += trust_region.flatten((kept or linearised(batch))(tangents))
-            return self._over_processes(total) / self.tokens
+            return self.processes.sum(total) / self.tokens
 
         return product
 
@@ -118,25 +131,21 @@ class TrustStep:
     @torch.no_grad()
     def _kl(self) -> float:
         """Mean exact KL(old || new) per token that counts."""
-        trainer = self.trainer
-        total = torch.zeros((), dtype=torch.float64, device=trainer.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for old, batch in zip(self.old, self.batches, strict=True):
-            kl = fisher.kl_from(old, trainer.policy, batch, temperature=trainer.scoring_temperature)
+            kl = fisher.kl_from(old, self.policy, batch, temperature=self.temperature)
             total += kl.where(batch.mask, 0.0).double().sum()
-        return float(self._over_processes(total)) / self.tokens
+        return float(self.processes.sum(total)) / self.tokens
 
     @torch.no_grad()
     def _loss(self) -> float:
         """The policy's part of the loss; infinite where a ratio overflows."""
-        total = torch.zeros((), dtype=torch.float64, device=self.trainer.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for batch in self.batches:
             wanted = self.objective.forward_needs - ({"ref_logps"} if batch.ref_logps is not None else set())
-            outputs = self.trainer.forward(batch, wanted)  # a collective where processes share buffers: never skipped
+            outputs = self.forward(batch, wanted)  # a collective where processes share buffers: never skipped
             try:
                 total += self.objective.compute(outputs, batch, self.counts)[0].double()
             except ValueError:
                 total += float("inf")
-        return float(self._over_processes(total))
-
-    def _over_processes(self, values: Tensor) -> Tensor:
-        return self.trainer.accelerator.reduce(values, reduction="sum")
+        return float(self.processes.sum(total))

@@ -1,4 +1,4 @@
-"""What stands between one bad step and the weights: errors that name the step, updates that are taken back."""
+"""The optimizer's step: measured, guarded, clipped and applied, or left out; one that spoils a weight is taken back."""
 
 from __future__ import annotations
 
@@ -7,207 +7,237 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlft.errors import Interrupted, TrainingError, out_of_memory
-from rlft.rewards import RewardError
-from rlft.run.processes import processes as meeting
-from rlft.run.step import out_of_memory as memory
+from rlft._failpoint import instant
+from rlft.config import Config
+from rlft.errors import TrainingError
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
+from rlft.run.step.step_errors import StepErrors
+from rlft.run.step.trust_region import TrustRegion
+from rlft.schedule import learning_rate
 from rlft.types import Batch
 
-if TYPE_CHECKING:
-    from rlft.trainer import Trainer
-
-__all__ = [
-    "BadBatchError",
-    "Undo",
-    "agree",
-    "explained",
-    "lost_peer",
-    "not_finite",
-    "poisoned",
-    "raw_outputs",
-    "raw_row",
-    "saves",
-    "sharded",
-    "skips",
-    "together",
-    "told",
-    "undo_for",
-    "with_gradient",
-]
+__all__ = ["Undo", "Update", "not_finite", "undo_for"]
 
 logger = logging.getLogger("rlft")
-
-#: How gloo and NCCL say that a peer is gone.
-_GONE = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out waiting", "gloo", "nccl")
 
 #: Updates below this cannot carry a sane float32 weight to infinity.
 _REACH = 1e20
 
 
-class BadBatchError(TrainingError, ValueError):
-    """A batch that the objective refuses, in the middle of a run."""
-
-
-def told(trainer: Trainer, key: str, text: str) -> None:
-    """One line in the log of ``rlft``, from the main process, once per run and key."""
-    if trainer.is_main and key not in trainer.told:
-        trainer.told.add(key)
-        logger.warning(text)
-
-
-def agree(trainer: Trainer, failure: str | None) -> None:
-    """Stop every process for what one of them found: one that stops alone leaves the others waiting. Collective.
+class Update:
+    """Owns the optimizer, and how many steps were left out because they were not finite.
 
     Args:
-        trainer: the run.
-        failure: what this process found, or None.
+        config: the run's settings.
+        model: as accelerate wrapped it.
+        optimizer: holds what trains.
+        processes: of the run.
+        journal: takes rows of steps that are not finite.
+        errors: what goes wrong, in words.
+        trust_region: moves the policy in place of the optimizer, or None.
+        own_schedule: whether the learning rate follows the settings; the caller's optimizer has its own.
 
-    Raises:
-        TrainingError: on all processes, where any found something.
+    Attributes:
+        nonfinite_steps: steps that were left out, over the whole run.
+        taken_back: whether the last step was, because it spoilt a weight.
     """
-    try:
-        with together(trainer):
-            if failure is not None:
-                raise TrainingError(failure)
-    except TrainingError:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        raise
 
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        processes: Processes,
+        journal: Journal,
+        errors: StepErrors,
+        trust_region: TrustRegion | None,
+        own_schedule: bool,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.processes, self.progress, self.journal, self.errors = processes, processes.progress, journal, errors
+        self.trust_region, self.own_schedule = trust_region, own_schedule
+        self.nonfinite_steps = 0
+        self.taken_back = False
 
-@contextlib.contextmanager
-def together(trainer: Trainer, kind: type[Exception] = TrainingError) -> Iterator[None]:
-    """Work that each process of a run does for itself: where it fails on one, all stop. See :func:`meeting.together`.
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
 
-    Args:
-        trainer: the run; its ``failures`` say what there was.
-        kind: of error on the processes whose own work went well.
+    def facts(self) -> dict[str, float]:
+        """What is logged of every step beside loss and gradient norm."""
+        values: dict[str, float] = {}
+        if self.trust_region is None or self.trust_region.of_critic:
+            values["learning_rate"] = self.rate
+        if self.config.max_nonfinite_steps:
+            values["nonfinite_steps"] = float(self.nonfinite_steps)
+        return values
 
-    Raises:
-        Interrupted: on all processes, where a signal came to any of them and nothing else went wrong.
-    """
-    try:
-        with (
-            meeting.together(trainer.accelerator, kind, at=f"step {trainer.step + 1}: ", found=trainer.failures),
-            trainer.signals.for_itself(),
-        ):
-            yield
-    except kind as error:
-        if set(trainer.failures.kinds) == {"Interrupted"} and not isinstance(error, Interrupted):
-            raise Interrupted(trainer.step) from None
-        raise
+    # -- the step -----------------------------------------------------------------------------------------------------------
+    def apply(self, loss: float, *, update: bool) -> float:
+        """See :meth:`rlft.Trainer.optimizer_step`.
 
+        Args:
+            loss: the step's loss.
+            update: False when nothing was scored.
 
-def saves(trainer: Trainer, error: Exception) -> bool:
-    """Whether the last finished step is saved as the run stops; the same answer on all processes, as saving takes all.
+        Returns:
+            The gradient norm before clipping.
 
-    It is where a signal, rewards or data stopped the run, and nothing else on any process.
-    """
-    if trainer.world_size == 1 and isinstance(error, Interrupted):
-        return True
-    kinds = set(trainer.failures.kinds)
-    known = isinstance(error, (Interrupted, RewardError, TrainingError))
-    return bool(kinds) and kinds <= {"RewardError", "DataError", "Interrupted"} and known
-
-
-def sharded(trainer: Trainer) -> bool:
-    """Whether weights and gradients are spread over processes (FSDP, DeepSpeed), so that none sees them whole."""
-    return str(trainer.accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-
-
-@contextlib.contextmanager
-def explained(trainer: Trainer, stage: memory.Stage = "step") -> Iterator[None]:
-    """Turn what goes wrong inside a step into an error that names the step and the remedy; the gradient is dropped.
-
-    Args:
-        trainer: the run.
-        stage: of the run, which decides what helps when memory ends.
-
-    Raises:
-        TrainingError: out of memory, or trained tensors without a gradient on several processes.
-        BadBatchError: tensors that the objective refuses.
-    """
-    try:
-        yield
-    except Exception as error:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        own = type(error).__module__.startswith("rlft.")
-        if isinstance(error, ValueError) and not own and stage not in ("self_checks", "ref_cache"):  # before any batch
-            raise BadBatchError(f"step {trainer.step + 1}: {error} ({memory.state_of(trainer, stage)})") from error
-        if "finished reduction in the prior iteration" in str(error):  # DistributedDataParallel's
+        Raises:
+            TrainingError: when loss, gradient or an updated weight is not finite.
+        """
+        self.taken_back = False
+        # a trust-region step has the length that its KL allows; it clips the critic's gradient itself
+        limit = self.config.max_grad_norm if self.trust_region is None else None
+        clip = self.processes.accelerator.clip_grad_norm_
+        norm = float(clip(self.model.parameters(), limit if limit is not None else float("inf")))
+        step = self.progress.step
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            if self._skips(f"loss={loss}, gradient norm={norm}", loss=loss, grad_norm=norm):
+                return norm
             raise TrainingError(
-                f"step {trainer.step + 1}: trained tensors got no gradient, and the processes of a run wait for every one. Freeze "
-                f"what the forward pass does not use before the Trainer is built (requires_grad_(False)), or set self_checks: "
-                f"{{gradients: false}}, which lets them be; with that check on, a run names them at its first step"
-            ) from error
-        if out_of_memory(error) and not own:
-            raise TrainingError(memory.message(trainer, stage, error)) from error
-        raise
+                f"step {step + 1}: loss={loss}, gradient norm={norm}; the step was not applied and the weights are "
+                f"those of step {step}. {self._smaller_step()}, or look at the batch: "
+                f"rewards and log-probs must be finite"
+            )
+        if update:
+            if self.own_schedule:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self._scheduled(step)
+            self._step(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
-
-def lost_peer(trainer: Trainer, error: BaseException) -> None:
-    """Say it plainly when a collective failed because another process is gone.
-
-    Raises:
-        TrainingError: when that is what happened.
-    """
-    words, cause = "", error
-    while cause is not None:
-        words += f"{cause} " if isinstance(cause, RuntimeError) else ""  # torch's; others are of a server or a file
-        cause = cause.__cause__
-    own = isinstance(error, (TrainingError, RewardError))
-    if trainer.world_size > 1 and not own and any(sign in words.lower() for sign in _GONE):
-        raise TrainingError(
-            f"step {trainer.step + 1}: process {trainer.rank} of {trainer.world_size} lost contact with another one, which "
-            f"was killed or failed: look for its own error. The newest checkpoint in {trainer.run_dir} is intact: the same "
-            f"command on {trainer.world_size} processes resumes from it"
-        ) from error
-
-
-# -- steps that are not finite --------------------------------------------------------------------------------------------
-def skips(trainer: Trainer, what: str, *, allowed: bool = True, **raw: float) -> bool:
-    """Whether a step that is not finite is left out and the run goes on; counted over the whole run, stops included.
-
-    Args:
-        trainer: the run.
-        what: was found.
-        allowed: False where the weights could not be put back.
-        raw: the step's numbers as they are. They are in the log at once, where the step's own row will not have them.
-    """
-    if not allowed or trainer.nonfinite_steps >= trainer.config.max_nonfinite_steps:
-        raw_row(trainer, raw)
-        return False
-    if (trainer.step + 1) % trainer.config.logging_steps and trainer.step + 1 != trainer.plan.total_steps:
-        raw_row(trainer, {**raw, "nonfinite_steps": trainer.nonfinite_steps + 1.0})
-    trainer.nonfinite_steps += 1
-    if trainer.is_main:
-        logger.warning(
-            f"step {trainer.step + 1}: {what}; the step was not applied ({trainer.nonfinite_steps} of "
-            f"max_nonfinite_steps={trainer.config.max_nonfinite_steps} skipped)"
+    def _scheduled(self, step: int) -> float:
+        c = self.config
+        return learning_rate(
+            step,
+            peak=c.learning_rate,
+            schedule=c.lr_scheduler_type,
+            warmup_steps=c.warmup_steps,
+            total_steps=self.progress.max_steps,
         )
-    return True
 
+    def _step(self, loss: float, norm: float) -> None:
+        """Let the optimizer step; a step that leaves a weight that is not finite is taken back."""
+        undo = undo_for(self.optimizer, norm) if self.trust_region is None else Undo(self.optimizer)
+        try:
+            with (
+                self.errors.explained("optimizer" if undo is None else "undone"),
+                instant("train.optimizer"),
+                self.journal.phase("optimizer"),
+            ):
+                if self.trust_region is not None:
+                    self.trust_region.apply()
+                self.optimizer.step()
+        except BaseException:
+            if undo is not None:
+                undo.back()
+            raise
+        bad = not_finite(self.model, self.processes)
+        if bad is None:
+            return
+        if undo is not None:
+            undo.back()
+        self.taken_back = True
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._skips(f"the update left {bad} not finite", allowed=undo is not None, loss=loss, grad_norm=norm):
+            return
+        step = self.progress.step
+        state = f"it was taken back, and the weights are those of step {step}" if undo else "they are spoilt in memory"
+        raise TrainingError(
+            f"step {step + 1}: the update left {bad} not finite; {state}. {self._smaller_step()}; "
+            f"the newest checkpoint is intact: the same command resumes from it"
+        )
 
-def raw_row(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """A row of the step that is being made, in metrics.jsonl and the trackers."""
-    if trainer.is_main:
-        trainer.metrics_log.write(trainer.step + 1, values)
-    trainer.accelerator.log(dict(values), step=trainer.step + 1)
+    def _smaller_step(self) -> str:
+        """What to change where steps are too large."""
+        if self.trust_region is not None and not self.trust_region.of_critic:
+            return f"Lower max_kl (now {self.trust_region.region.max_kl:g})"
+        return f"Lower learning_rate (now {self.rate:g})"
 
+    # -- steps that are not finite ------------------------------------------------------------------------------------------
+    def _skips(self, what: str, *, allowed: bool = True, **raw: float) -> bool:
+        """Whether a step that is not finite is left out and the run goes on; counted over the whole run, stops included.
 
-@contextlib.contextmanager
-def raw_outputs(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> Iterator[None]:
-    """Around an objective that refuses outputs which are not finite: the row says so before the run stops."""
-    try:
-        yield
-    except ValueError:
-        if not _all_finite(outputs, batch):
-            raw_row(trainer, {"loss": math.nan})
-        raise
+        Args:
+            what: was found.
+            allowed: False where the weights could not be put back.
+            raw: the step's numbers as they are. They are in the log at once, where the step's own row will not have them.
+        """
+        step = self.progress.step + 1
+        if not allowed or self.nonfinite_steps >= self.config.max_nonfinite_steps:
+            self.journal.write(raw, ahead=1)
+            return False
+        if step % self.config.logging_steps and step != self.progress.max_steps:
+            self.journal.write({**raw, "nonfinite_steps": self.nonfinite_steps + 1.0}, ahead=1)
+        self.nonfinite_steps += 1
+        if self.processes.is_main:
+            logger.warning(
+                f"step {step}: {what}; the step was not applied ({self.nonfinite_steps} of "
+                f"max_nonfinite_steps={self.config.max_nonfinite_steps} skipped)"
+            )
+        return True
+
+    @contextlib.contextmanager
+    def raw_outputs(self, outputs: Mapping[str, Tensor], batch: Batch) -> Iterator[None]:
+        """Around an objective that refuses outputs which are not finite: the row says so before the run stops."""
+        try:
+            yield
+        except ValueError:
+            if not _all_finite(outputs, batch):
+                self.journal.write({"loss": math.nan}, ahead=1)
+            raise
+
+    def poisoned(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        """A loss of NaN where the model's outputs hold NaN or infinity; None where they are finite, or nobody must wait.
+
+        Objectives refuse such outputs with an error. Where steps may be skipped, or other processes wait in the backward
+        pass for this one, the step goes through with a loss that says what it is, and every process sees the same.
+        """
+        if self.config.max_nonfinite_steps == 0 and self.processes.world_size == 1:
+            return None
+        if _all_finite(outputs, batch):
+            return None
+        grown = [t for t in outputs.values() if t.requires_grad]
+        return torch.stack([t.sum() for t in grown]).sum() * float("nan")
+
+    def backward(self, loss: Tensor, name: str) -> None:
+        """One backward pass.
+
+        Args:
+            loss: a scalar, already divided by the counts of all processes.
+            name: of the objective.
+
+        Raises:
+            TrainingError: when it does not depend on the policy at all.
+        """
+        if not loss.requires_grad:
+            raise TrainingError(
+                f"step {self.progress.step + 1}: the loss of objective {name!r} has no gradient, so nothing can be "
+                f"learnt from it; likely causes: .detach() or torch.no_grad() around the policy's log-probs in an objective of "
+                f"your own, or a callback or reward function that switched gradients off"
+            )
+        # DistributedDataParallel averages gradients over processes; the denominators are global already
+        self.processes.accelerator.backward(loss * self.processes.world_size)
+
+    # -- kept -----------------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Steps that were left out; the optimizer's moments are a part of the checkpoint by themselves."""
+        return {"nonfinite_steps": self.nonfinite_steps}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take :meth:`state_dict` back."""
+        self.nonfinite_steps = values.get("nonfinite_steps", self.nonfinite_steps)
 
 
 def _all_finite(outputs: Mapping[str, Tensor], batch: Batch) -> bool:
@@ -216,36 +246,7 @@ def _all_finite(outputs: Mapping[str, Tensor], batch: Batch) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in used)
 
 
-def poisoned(trainer: Trainer, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-    """A loss of NaN where the model's outputs hold NaN or infinity; None where they are finite, or nobody must wait.
-
-    Objectives refuse such outputs with an error. Where steps may be skipped, or other processes wait in the backward
-    pass for this one, the step goes through with a loss that says what it is, and every process sees the same.
-    """
-    if trainer.config.max_nonfinite_steps == 0 and trainer.world_size == 1:
-        return None
-    if _all_finite(outputs, batch):
-        return None
-    grown = [t for t in outputs.values() if t.requires_grad]
-    return torch.stack([t.sum() for t in grown]).sum() * float("nan")
-
-
-def with_gradient(trainer: Trainer, loss: Tensor) -> Tensor:
-    """The loss as it is.
-
-    Raises:
-        TrainingError: when it does not depend on the policy at all.
-    """
-    if not loss.requires_grad:
-        raise TrainingError(
-            f"step {trainer.step + 1}: the loss of objective {trainer.objective.name!r} has no gradient, so nothing can be "
-            f"learnt from it; likely causes: .detach() or torch.no_grad() around the policy's log-probs in an objective of "
-            f"your own, or a callback or reward function that switched gradients off"
-        )
-    return loss
-
-
-# -- updates --------------------------------------------------------------------------------------------------------------
+# -- undoing a step ---------------------------------------------------------------------------------------------------------
 class Undo:
     """A copy of what an optimizer step changes.
 
@@ -290,14 +291,14 @@ def undo_for(optimizer: torch.optim.Optimizer, norm: float) -> Undo | None:
     return None
 
 
-def not_finite(module: nn.Module, accelerator: Any) -> str | None:
+def not_finite(module: nn.Module, processes: Processes) -> str | None:
     """The name of a trained tensor that holds NaN or infinity, on any process; None when all are finite."""
     trained: list[tuple[str, Any]] = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
     # of sharded ones each process looks at its own part, which may be empty: that has no largest entry
     trained = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained]
     parts = [p for _, p in trained if p.numel()]
-    largest = nn.utils.get_total_norm(parts, float("inf")) if parts else torch.zeros((), device=accelerator.device)
+    largest = nn.utils.get_total_norm(parts, float("inf")) if parts else torch.zeros((), device=processes.device)
     bad = (~torch.isfinite(largest)).float().reshape(1)
-    if float(accelerator.reduce(bad, reduction="sum")) == 0:  # one process must not stop alone
+    if float(processes.sum(bad)) == 0:  # one process must not stop alone
         return None
     return next((name for name, p in trained if not bool(torch.isfinite(p).all())), "a weight of another process")
