@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "rlft"
 
 #: Layer -> modules and packages of rlft. A module imports from its own layer and from lower ones, never from a higher one.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files", "_workers"),
+    "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files", "_workers", "_version"),
     "L1": ("types", "kl", "advantages"),
     "L2": ("losses", "ops", "trust_region", "worlds"),
     "L3": ("_advantage", "_terms", "objective", "recipes", "catalogue"),

@@ -75,7 +75,7 @@ def shown(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What computes: packages, the interpreter and the device."""
-    from rlft import __version__
+    from rlft._version import __version__
 
     return {
         "rlft": __version__,

@@ -98,7 +98,7 @@ def key(facts: dict[str, Any]) -> str:
 def _facts(trainer: Trainer, data: Any, reference: str) -> dict[str, Any]:
     import transformers
 
-    from rlft import __version__
+    from rlft._version import __version__
 
     c = trainer.config
     return {
