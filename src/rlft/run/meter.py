@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlft.metrics import PHASES
 from rlft.models.layout import LayoutUsed
 from rlft.run import display
 from rlft.run.floor import Device, ModelCost, device_named, model_cost
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PHASES", "Meter"]
 
-#: In the order of a step; what none of them covers is ``other``.
-PHASES: tuple[str, ...] = (
-    "sample",
-    "reward",
-    "reference",
-    "forward_backward",
-    "optimizer",
-    "evaluate",
-    "save",
-    "other",
-)
 _OWNERS = ("evaluate", "save")
 
 
