@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point down, the core is light, and nothing runs what it reads.
+"""The house keeps its shape: imports point down and never in a circle, the core is light, and nothing runs what it reads.
 
 The table below is the one of docs/design.md; a test holds the two together.
 """
@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "rlft"
 
 #: Layer -> modules and packages of rlft. A module imports from its own layer and from lower ones, never from a higher one.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files", "_workers"),
+    "L0": ("_check", "reduce", "errors", "_failpoint", "_json", "_redact", "_files", "_workers", "_version"),
     "L1": ("types", "kl", "advantages"),
     "L2": ("losses", "ops", "trust_region", "worlds"),
     "L3": ("_advantage", "_terms", "objective", "recipes", "catalogue"),
@@ -135,6 +135,87 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
     for unit in edges:
         visit(unit, ())
+
+
+# -- the same from file to file, where an import for types or inside a function counts too ---------------------------
+#: Left out for now, until they are rebuilt without circles: delete this constant and the line that uses it then.
+NOT_YET = ("rlft.run", "rlft.trainer", "rlft.source")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def file_imports(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of ``sources`` that its file names in an import, at any depth and for any purpose.
+
+    ``from rlft.a import b`` names the file ``rlft.a.b`` where there is one, else the package's own ``__init__``.
+    """
+    edges: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module}, line {node.lineno}: a relative import; write it out"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {name if name in sources else str(node.module) for name in names}
+        edges[module] = found & sources.keys()
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules in which each one reaches every other, and a module that imports itself."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(edges[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += edges[module]
+        return seen
+
+    reach = {module: reached(module) for module in edges}
+    found = {frozenset(m for m in reach[module] if module in reach[m]) for module in edges if module in reach[module]}
+    return sorted(sorted(circle) for circle in found)
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    """Two files that need each other are one, or need a third; an import inside a function only hides it."""
+    sources = {module_of(path): text_of(path) for path in FILES}
+    kept = {name: text for name, text in sources.items() if ".".join(name.split(".")[:2]) not in NOT_YET}
+    found = circles(file_imports(kept))
+    assert not found, "files import each other in a circle: " + "; ".join(", ".join(circle) for circle in found)
+
+
+@pytest.mark.parametrize(
+    "back",
+    ["import rlft.a.top", "import rlft.a.top as top", "from rlft.a import top", "from rlft.a import other, top",
+     "from rlft.a.top import f", "if TYPE_CHECKING:\n    from rlft.a.top import f", "def f():\n    import rlft.a.top",
+     "def f():\n    from rlft.a import top", "class A:\n    def f(self):\n        from rlft.a.top import f",
+     "if typing.TYPE_CHECKING:\n    import rlft.a.top", "try:\n    from rlft.a import top\nexcept ImportError:\n    pass"],
+)  # fmt: skip
+def test_a_circle_of_files_is_seen(back: str) -> None:
+    sources = {
+        "rlft": "", "rlft.a": "", "rlft.a.top": "from rlft.a import middle", "rlft.a.middle": "import rlft.b",
+        "rlft.b": back, "rlft.c": "from rlft.a import top\nimport torch", "rlft.a.other": "from rlft.b import g",
+    }  # fmt: skip
+    circle = ["rlft.a.middle", "rlft.a.top", "rlft.b"]
+    expected = sorted([*circle, "rlft.a.other"]) if "other" in back else circle
+    assert circles(file_imports(sources)) == [expected]
+    assert circles(file_imports({**sources, "rlft.b": "import torch"})) == []
+
+
+def test_a_package_is_a_file_too() -> None:
+    sources = {"rlft": "", "rlft.a": "from rlft.a.b import f", "rlft.a.b": "from rlft.a import c", "rlft.a.c": ""}
+    assert circles(file_imports(sources)) == []  # rlft.a.c is meant, not the package
+    sources["rlft.a.b"] = "from rlft.a import name_of_the_package"
+    assert circles(file_imports(sources)) == [["rlft.a", "rlft.a.b"]]
+    two = {"a": {"b"}, "b": {"a", "c"}, "c": {"d"}, "d": {"c"}, "e": {"e"}, "f": {"a"}}
+    assert circles(two) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def heavy_in_core(path: Path, source: str) -> list[str]:

@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rlft._redact import guard_logs
-
-__version__ = "0.1.0"
+from rlft._version import __version__
 
 _LAZY = {
     "Batch": "rlft.types",

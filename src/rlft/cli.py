@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser = argparse.ArgumentParser(prog="rlft", description="RL fine-tuning of language models.", parents=[common])
     parser.set_defaults(traceback=False)
-    from rlft import __version__
+    from rlft._version import __version__
 
     parser.add_argument("--version", action="version", version=f"rlft {__version__}")
     commands = parser.add_subparsers(title="commands")

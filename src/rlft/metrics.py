@@ -20,7 +20,19 @@ from rlft._metrics_log import LOG_NAME, MetricsLog, comparable, read_metrics
 from rlft._redact import redact
 from rlft.types import LossOutput
 
-__all__ = ["LOG_NAME", "MetricSums", "MetricsLog", "comparable", "read_metrics", "redact"]
+__all__ = ["LOG_NAME", "PHASES", "MetricSums", "MetricsLog", "comparable", "read_metrics", "redact"]
+
+#: What a run's time is spent on, in the order of a step; what none of them covers is ``other``.
+PHASES: tuple[str, ...] = (
+    "sample",
+    "reward",
+    "reference",
+    "forward_backward",
+    "optimizer",
+    "evaluate",
+    "save",
+    "other",
+)
 
 _EMPTY = {"mean": 0.0, "min": math.inf, "max": -math.inf}
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need the package triton (Linux)")
 
-from rlft.ops import HeadOutputs, fused, linear_logps
+from rlft.ops import HeadOutputs, kernel_check, linear_logps
 from tests.gpu.common import CUDA, apart, free_memory, peak_of_device, pytestmark, reset_peak  # noqa: F401
 from tests.ops import test_linear_logps, test_precision
 from tests.ops.problems import ALL, GRADS, truth
@@ -69,7 +69,7 @@ def inputs(
 def test_auto_takes_the_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     from rlft.ops import kernels
 
-    assert fused.flaw(CUDA, dtype) is None
+    assert kernel_check.flaw(CUDA, dtype) is None
     calls = []
 
     class Counted:

@@ -12,7 +12,7 @@ import torch
 
 from rlft.models import load_causal_lm, load_sequence_classifier
 from rlft.models.files import check_folder
-from rlft.models.loading import new_head
+from rlft.models.pretrained import new_head
 from tests.tiny import tiny_llama, tiny_qwen2
 
 TINY = {
@@ -132,7 +132,7 @@ def test_classifier_from_an_incomplete_model_is_refused(saved: Path) -> None:
 def test_quantisation_settings(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from rlft.models.loading import quantization
+    from rlft.models.pretrained import quantization
 
     assert quantization(False, False, torch.float32) is None
     with pytest.raises(ValueError, match="exclude each other"):

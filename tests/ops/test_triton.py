@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need the package triton (Linux)")
 
-from rlft.ops import fused, head, linear_logps
+from rlft.ops import head, kernel_check, linear_logps
 from tests.ops import test_linear_logps, test_precision
 from tests.ops.problems import ALL, GRADS, leaves, problem, truth
 
@@ -106,7 +106,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def unproved() -> Iterator[None]:
     """Verdicts of other tests are forgotten, and those of this one."""
-    verdicts = (fused.flaw, fused._warn_once)
+    verdicts = (kernel_check.flaw, kernel_check._warn_once)
     for verdict in verdicts:
         verdict.cache_clear()
     yield
@@ -116,12 +116,12 @@ def unproved() -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_TEST_TILE", (8, 48))
+    monkeypatch.setattr(kernel_check, "_TEST_TILE", (8, 48))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_kernels_agree_with_torch(unproved: None, small: None, dtype: torch.dtype) -> None:
-    assert fused.flaw(CPU, dtype) is None
+    assert kernel_check.flaw(CPU, dtype) is None
 
 
 class Spoilt:
@@ -150,7 +150,7 @@ def test_the_proof_finds_a_wrong_kernel(
     from rlft.ops import kernels
 
     monkeypatch.setattr(kernels, kernel, Spoilt(getattr(kernels, kernel), result))
-    assert "differ from torch's operators by" in (fused.flaw(CPU, dtype) or "")
+    assert "differ from torch's operators by" in (kernel_check.flaw(CPU, dtype) or "")
 
 
 def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch, unproved, small) -> None:
@@ -161,15 +161,15 @@ def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch, unproved, smal
             raise RuntimeError("PTX was compiled with an unsupported toolchain\nand more")
 
     monkeypatch.setattr(kernels, "fold", Broken())
-    reason = fused.flaw(CPU, torch.float32)
+    reason = kernel_check.flaw(CPU, torch.float32)
     assert reason == "RuntimeError: PTX was compiled with an unsupported toolchain"
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(fused, "flaw", lambda device, dtype: reason)
+    monkeypatch.setattr(kernel_check, "flaw", lambda device, dtype: reason)
     with pytest.warns(UserWarning, match=r"do not serve on cuda \(RuntimeError: PTX was .* toolchain\), so torch's"):
-        assert not fused.usable(CUDA, torch.float32)
+        assert not kernel_check.usable(CUDA, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not fused.usable(CUDA, torch.float32)
+        assert not kernel_check.usable(CUDA, torch.float32)
 
 
 def test_auto_takes_the_kernels_where_they_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +197,10 @@ def test_auto_takes_the_kernels_where_they_are_usable(monkeypatch: pytest.Monkey
 
 
 def test_usable_only_on_cuda_and_never_interpreted(monkeypatch: pytest.MonkeyPatch, unproved: None) -> None:
-    monkeypatch.setattr(fused, "flaw", lambda device, dtype: None)
+    monkeypatch.setattr(kernel_check, "flaw", lambda device, dtype: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not fused.usable(CUDA, torch.bfloat16)  # an interpreter is no kernel
+        assert not kernel_check.usable(CUDA, torch.bfloat16)  # an interpreter is no kernel
         monkeypatch.delenv("TRITON_INTERPRET")
-        assert fused.usable(CUDA, torch.bfloat16)
-        assert not fused.usable(CPU, torch.bfloat16)
+        assert kernel_check.usable(CUDA, torch.bfloat16)
+        assert not kernel_check.usable(CPU, torch.bfloat16)

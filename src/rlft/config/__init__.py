@@ -8,8 +8,8 @@ would do nothing is refused rather than ignored.
 from __future__ import annotations
 
 from rlft.config.checks import SELF_CHECKS
-from rlft.config.fields import Config
-from rlft.config.fields import digest_of as digest_of
+from rlft.config.config import Config
+from rlft.config.config import digest_of as digest_of
 from rlft.config.file import load_config, parse_overrides
 from rlft.config.values import ConfigError
 

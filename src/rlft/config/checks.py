@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from rlft import _check
 from rlft._redact import secret_keys
+from rlft.config.fields import Fields
 from rlft.config.values import ConfigError
-
-if TYPE_CHECKING:
-    from rlft.config.fields import Config
 
 __all__ = ["SELF_CHECKS", "check"]
 
@@ -27,7 +24,7 @@ CHANGES = ("data", "objective", "rewards", "adapters", "weights")
 _LARGEST, _COLDEST = 1e30, 1e-3
 
 
-def check(config: Config) -> None:
+def check_values(config: Fields) -> None:
     """Refuse values that cannot work.
 
     Raises:
@@ -153,7 +150,7 @@ def check(config: Config) -> None:
     _refuse_idle(config)
 
 
-def _refuse_idle(config: Config) -> None:
+def _refuse_idle(config: Fields) -> None:
     """A setting that would do nothing is refused."""
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
     idle = {
@@ -176,6 +173,8 @@ def _refuse_idle(config: Config) -> None:
             "ref_cache_dir does nothing while precompute_ref_log_probs is off; set precompute_ref_log_probs: true or "
             "drop ref_cache_dir"
         )
+    if config.greater_is_better is not None and config.metric_for_best_model is None:
+        raise ConfigError("greater_is_better does nothing without metric_for_best_model; name the metric, or drop it")
     if config.precompute_ref_log_probs and config.sync_ref_model:
         raise ConfigError(
             "precompute_ref_log_probs keeps the log-probs of one reference, and sync_ref_model moves it; drop one"
@@ -192,7 +191,7 @@ def _refuse_idle(config: Config) -> None:
         )
 
 
-def _check_sizes(config: Config) -> None:
+def _check_sizes(config: Fields) -> None:
     """Numbers that only later, and in other words, would turn out to be too large or too small."""
     largest = {"seed": 2**63 - 1, "learning_rate": _LARGEST, "weight_decay": _LARGEST}
     for name, high in largest.items():
@@ -214,7 +213,7 @@ def _check_sizes(config: Config) -> None:
             raise ConfigError(f"{name}={getattr(config, name)} must be finite, up to {_LARGEST:g}; change {name}")
 
 
-def _check_texts(config: Config) -> None:
+def _check_texts(config: Fields) -> None:
     """An empty path would stand for the working directory."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -225,7 +224,7 @@ def _check_texts(config: Config) -> None:
             raise ConfigError(f"{f.name}={value!r} is empty; give a value, or drop {f.name}")
 
 
-def _check_streaming(config: Config) -> None:
+def _check_streaming(config: Fields) -> None:
     if not config.streaming:
         if config.shuffle_buffer is not None:
             raise ConfigError("shuffle_buffer does nothing without streaming: all rows are shuffled; drop it")
@@ -243,14 +242,14 @@ def _check_streaming(config: Config) -> None:
         )
 
 
-def _check_self_checks(config: Config) -> None:
+def _check_self_checks(config: Fields) -> None:
     if isinstance(config.self_checks, dict):
         for name in config.self_checks:
             if name not in SELF_CHECKS:
                 raise ConfigError(f"self_checks has no {name!r}{_check.suggestion(name, SELF_CHECKS)}")
 
 
-def _check_accepted(config: Config) -> None:
+def _check_accepted(config: Fields) -> None:
     for name in config.accept_changed:
         if name not in CHANGES:
             raise ConfigError(f"accept_changed has no {name!r}{_check.suggestion(name, CHANGES)}")
@@ -260,13 +259,13 @@ def _check_accepted(config: Config) -> None:
         )
 
 
-def _at_least(config: Config, name: str, low: int) -> None:
+def _at_least(config: Fields, name: str, low: int) -> None:
     value = getattr(config, name)
     if value < low:
         raise ConfigError(f"{name}={value} must be at least {low}; change {name}")
 
 
-def _number(config: Config, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+def _number(config: Fields, name: str, low: float, high: float, *, open_low: bool = False) -> None:
     try:
         _check.number(name, getattr(config, name), low=low, high=high, open_low=open_low)
     except ValueError as error:

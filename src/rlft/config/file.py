@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlft.config.fields import Config
+from rlft.config.config import Config
 from rlft.config.values import ConfigError
 
 __all__ = ["load_config", "parse_overrides"]

@@ -15,7 +15,7 @@ _LAZY = {
     "add_lora": "lora",
     "check_tokenizer": "tokenizer",
     "check_trainable": "lora",
-    "load_adapter": "lora",
+    "load_adapter": "loading",
     "load_causal_lm": "loading",
     "load_sequence_classifier": "loading",
     "load_tokenizer": "tokenizer",
@@ -41,8 +41,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from rlft.models.average import MovingAverage
-    from rlft.models.loading import load_causal_lm, load_sequence_classifier
-    from rlft.models.lora import LoraSettings, TrainableReport, add_lora, check_trainable, load_adapter
+    from rlft.models.loading import load_adapter, load_causal_lm, load_sequence_classifier
+    from rlft.models.lora import LoraSettings, TrainableReport, add_lora, check_trainable
     from rlft.models.memory import memory_estimate
     from rlft.models.policy import Policy
     from rlft.models.reward import ModelReward, RewardScorer

@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlft import _check
-from rlft.models import files
-from rlft.models.scorer import unwrap
+from rlft.models import adapters, files, pretrained
+from rlft.models.lora import full_precision
 
-__all__ = ["load_causal_lm", "load_sequence_classifier", "new_head"]
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-# Where a classifier keeps the name of weights that no file held, so that a random reward model is not asked for rewards.
-_NEW = "rlft_new_parameters"
-
-
-def parse_dtype(dtype: str | torch.dtype, *, name: str = "dtype") -> torch.dtype:
-    """``"bfloat16"`` to ``torch.bfloat16``; dtypes pass through."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} {dtype!r} is unknown{_check.suggestion(str(dtype), tuple(_DTYPES))}")
-    return _DTYPES[dtype]
-
-
-def quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> Any:
-    """The transformers settings of 4-bit (nf4, quantised scales) or 8-bit base weights; None for neither.
-
-    Raises:
-        ValueError: when both are asked for.
-        ImportError: when bitsandbytes is not installed.
-    """
-    if not load_in_4bit and not load_in_8bit:
-        return None
-    if load_in_4bit and load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("load_in_4bit and load_in_8bit need bitsandbytes; install it with: pip install 'rlft[quant]'")
-    from transformers import BitsAndBytesConfig
-
-    if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+__all__ = ["load_adapter", "load_causal_lm", "load_sequence_classifier"]
 
 
 def load_causal_lm(
@@ -104,10 +62,8 @@ def load_causal_lm(
         "seed": seed,
     }
     if folder := _adapter_folder(source):
-        from rlft.models.lora import load_adapter
-
         return load_adapter(folder, **options)
-    model, missing = _load("AutoModelForCausalLM", source, {}, **options)
+    model, missing = pretrained.load("AutoModelForCausalLM", source, {}, **options)
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of a causal language model ({missing[0]}, ...), which would be random; "
@@ -155,19 +111,87 @@ def load_sequence_classifier(
         "seed": seed,
     }
     if folder := _adapter_folder(source):
-        from rlft.models.lora import load_adapter
-
         return load_adapter(folder, classifier=True, **options)
-    model, missing = _load("AutoModelForSequenceClassification", source, {"num_labels": 1}, **options)
-    body = [name for name in missing if not _is_head(name)]
+    model, missing = pretrained.load("AutoModelForSequenceClassification", source, {"num_labels": 1}, **options)
+    body = [name for name in missing if not pretrained.is_head(name)]
     if body:
         raise ValueError(
             f"{source} lacks {len(body)} weights of the model itself ({body[0]}, ...), which would be random; "
             f"it may hold another kind of model, or be incomplete"
         )
     if not isinstance(source, nn.Module):
-        setattr(model, _NEW, tuple(missing))
+        pretrained.remember_new(model, missing)
     return model
+
+
+def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = False, **options: Any) -> Any:
+    """A base model with the adapter of a folder on top, trainable.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base; None loads the one the adapter names.
+        classifier: load that base as a sequence classifier (a reward model).
+        options: for :func:`rlft.models.load_causal_lm`, when the base is loaded.
+
+    Returns:
+        A ``PeftModel``.
+
+    Raises:
+        ValueError: when the files are unsafe, or the adapter does not fit the base tensor by tensor.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    folder = Path(folder).expanduser()
+    files.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")
+    config = files.read_json(folder / "adapter_config.json")
+    _check_rank(weights, config)
+    base_name = config.get("base_model_name_or_path")
+    if model is None:
+        if not base_name:
+            raise ValueError(
+                f"{folder} names no base model (base_model_name_or_path); load the base yourself and pass "
+                f"load_adapter(folder, model=base)"
+            )
+        load = load_sequence_classifier if classifier else load_causal_lm
+        model = load(base_name, **{"revision": config.get("revision"), **_given(options)})
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=adapters._cuda_devices(model)):
+            warnings.filterwarnings("ignore", message=".*[Mm]issing.*keys.*")  # checked below, and refused
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except Exception as error:  # peft, huggingface_hub and safetensors raise whatever a damaged file makes of them
+        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = reason if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {reason}"
+        raise ValueError(
+            f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): {reason}"
+        ) from error
+    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    with safe_open(str(weights), framework="pt") as stored:
+        saved = set(stored.keys())
+        missing, unknown = sorted(loaded.keys() - saved), sorted(saved - loaded.keys())
+        unknown = [name for name in unknown if not _is_base_weight(name, before)]
+        if missing or unknown:
+            raise ValueError(
+                f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): "
+                f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} without a place {unknown[:2]}; "
+                f"load it onto the base it was trained on"
+            )
+        for name in sorted(loaded):
+            value: Tensor = stored.get_tensor(name)
+            if not torch.equal(value.to(loaded[name]), loaded[name].detach()):
+                raise ValueError(
+                    f"adapter tensor {name} of {folder} was not loaded as stored; report this with the file"
+                )
+    if all(any(name.endswith(f".{new}") for name in loaded) for new in pretrained.new_head(model)):
+        pretrained.trained(model)  # the adapter brought the score head
+    full_precision(wrapped)
+    return wrapped
 
 
 def _adapter_folder(source: Any) -> Path | None:
@@ -178,152 +202,28 @@ def _adapter_folder(source: Any) -> Path | None:
     return None
 
 
-def new_head(model: nn.Module) -> tuple[str, ...]:
-    """The weights of a classifier that were drawn at random when it was loaded, and not trained since."""
-    return tuple(getattr(model, _NEW, ()) or getattr(unwrap(model), _NEW, ()))
+def _check_rank(weights: Path, config: dict[str, Any]) -> None:
+    """Refuse a rank that is not that of the stored tensors, before memory for it is asked for."""
+    from safetensors import SafetensorError, safe_open
 
-
-def trained(model: nn.Module) -> None:
-    """Forget that a head was new: the caller trains it."""
-    for holder in (model, unwrap(model)):
-        if getattr(holder, _NEW, None):
-            setattr(holder, _NEW, ())
-
-
-def _is_head(name: str) -> bool:
-    return name.split(".")[0] in ("score", "classifier", "v_head") or name.startswith("classification_head")
-
-
-def _load(
-    auto: str,
-    source: str | Path | nn.Module | Mapping[str, Any],
-    config_changes: dict[str, Any],
-    *,
-    dtype: str | torch.dtype,
-    revision: str | None,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
-    load_in_4bit: bool,
-    load_in_8bit: bool,
-    quantization_config: Any,
-    seed: int,
-) -> tuple[Any, list[str]]:
-    """The model, and the names of weights that no file held."""
-    torch_dtype = parse_dtype(dtype)
-    if isinstance(source, (nn.Module, Mapping)):
-        quantised = load_in_4bit or load_in_8bit or quantization_config is not None
-        for name, value in (("revision", revision), ("quantisation", quantised or None)):
-            if value is not None:
-                what = "a model in memory" if isinstance(source, nn.Module) else "a model from a config"
-                raise ValueError(f"{name}={value!r} has no effect on {what}; leave it out")
-    if isinstance(source, nn.Module):
-        if attn_implementation is not None:
-            raise ValueError("attn_implementation has no effect on a model in memory; load the model with it")
-        return source, []
-    import transformers
-
-    auto_class = getattr(transformers, auto)
-    if isinstance(source, Mapping):
-        with torch.random.fork_rng(devices=[]), _sound(source):
-            config = _config(source, config_changes)
-            torch.manual_seed(seed)
-            extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-            model = auto_class.from_config(config, **extra)
-        every = [name for name, _ in model.named_parameters() if _is_head(name)] if config_changes else []
-        return model.to(torch_dtype).eval(), every
-    if files.is_local(source):
-        source = Path(source).expanduser()
-        if not (source / "config.json").is_file():
-            raise ValueError(f"{source} has no config.json; give the folder that save_pretrained wrote")
-        files.check_folder(source, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch_dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    options |= config_changes
-    if revision is not None:
-        options["revision"] = revision
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization_config is not None and (load_in_4bit or load_in_8bit):
-        raise ValueError("quantization_config says it all; leave out load_in_4bit and load_in_8bit")
-    settings = quantization_config or quantization(load_in_4bit, load_in_8bit, torch_dtype)
-    if settings is not None:
-        options["quantization_config"] = settings
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model, info = auto_class.from_pretrained(str(source), output_loading_info=True, **options)
-        except (ImportError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-                raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
-            if isinstance(error, OSError) and not isinstance(source, Path):
-                raise ValueError(files.not_from_hub("model", source, error)) from error
-            if not isinstance(source, Path):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), "")
-            raise ValueError(
-                f"{source} could not be loaded ({type(error).__name__}: {reason:.300}); a file of it may be damaged or missing: "
-                f"download or save it again"
-            ) from error
-    return model.eval(), sorted(info["missing_keys"])
-
-
-@contextlib.contextmanager
-def _sound(source: Mapping[str, Any]) -> Iterator[None]:
-    """What transformers and torch make of sizes that fit no model, in words of the config that holds them."""
     try:
-        yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except ValueError as error:
-        if type(error) is ValueError and "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(_no_model(source, error)) from error
-    except Exception as error:
-        raise ValueError(_no_model(source, error)) from error
-
-
-def _no_model(source: Mapping[str, Any], error: Exception) -> str:
-    said = " ".join(str(error).split("Model type should be one of")[0].split())
-    return (
-        f"no model can be made of the config {dict(source)!r:.300} ({type(error).__name__}: {said:.300}); correct its sizes, or "
-        f"its model_type"
-    )
-
-
-def _mismatch(source: Any, changes: Mapping[str, Any], revision: str | None, trust_remote_code: bool) -> str:
-    """Why weights of another shape than the model's were found."""
-    from transformers import AutoConfig
-
-    extra = {} if revision is None else {"revision": revision}
-    labels = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **extra).num_labels
-    if "num_labels" in changes and labels != changes["num_labels"]:
-        return (
-            f"{source} is a classifier with num_labels={labels}; a reward model has one output: use one that was trained "
-            f"with num_labels=1, or write a reward function that makes one number of its outputs"
-        )
-    return f"weights of {source} have other shapes than its config.json says; save the model again, or mend the config"
-
-
-def _config(source: Mapping[str, Any], changes: dict[str, Any]) -> Any:
-    """A transformers config; unknown keys are refused (transformers would keep and ignore them)."""
-    from transformers import CONFIG_MAPPING
-
-    settings = {**source, **changes}
-    if "auto_map" in settings:
+        with safe_open(str(weights), framework="pt") as stored:
+            ranks = {stored.get_slice(name).get_shape()[0] for name in stored.keys() if ".lora_A." in name}
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            "a config with auto_map names Python code; remove auto_map, and use a family transformers ships"
+            f"{weights} is not a safetensors file that can be read ({error}); save the adapter again"
+        ) from None
+    if ranks and not config.get("rank_pattern") and any(rank != config.get("r") for rank in ranks):
+        raise ValueError(
+            f"{weights.parent / 'adapter_config.json'} says rank r={config.get('r')!r:.40} and the stored tensors have "
+            f"{', '.join(map(str, sorted(ranks)))}; use the config that was saved with them"
         )
-    kind = settings.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        known = tuple(CONFIG_MAPPING.keys())
-        hint = _check.suggestion(str(kind), known) if kind is not None else "; for example 'llama', 'qwen2' or 'gpt2'"
-        raise ValueError(f"the config's model_type {kind!r} is no family of transformers{hint[:300]}")
-    config_class = CONFIG_MAPPING[kind]
-    default = config_class()
-    known = set(default.to_dict()) | set(vars(default)) | set(getattr(config_class, "attribute_map", {}))
-    known |= {"num_labels", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "architectures"}
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"{key!r} is no setting of a {kind} config{_check.suggestion(key, tuple(sorted(known)))}")
-    return config_class(**settings)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not (name == "revision" and value is None)}
+
+
+def _is_base_weight(name: str, base: dict[str, tuple[int, ...]]) -> bool:
+    """Whether peft stored a base weight (a resized embedding) beside the adapter."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "") in base

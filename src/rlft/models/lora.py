@@ -1,4 +1,4 @@
-"""LoRA adapters: made, loaded and checked, so that what should train does and nothing else."""
+"""LoRA adapters: made and checked, so that what should train does and nothing else."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlft.models import adapters, files
+from rlft.models import adapters
 from rlft.models.scorer import unwrap
 
-__all__ = ["LoraSettings", "TrainableReport", "add_lora", "check_trainable", "load_adapter"]
+__all__ = ["LoraSettings", "TrainableReport", "add_lora", "check_trainable", "full_precision"]
 
 
 @dataclass(frozen=True)
@@ -156,109 +155,8 @@ def add_lora(model: Any, settings: LoraSettings | Any = None, *, seed: int = 0) 
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
-    _full_precision(wrapped)
+    full_precision(wrapped)
     return wrapped
-
-
-def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = False, **options: Any) -> Any:
-    """A base model with the adapter of a folder on top, trainable.
-
-    Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        model: the base; None loads the one the adapter names.
-        classifier: load that base as a sequence classifier (a reward model).
-        options: for :func:`rlft.models.load_causal_lm`, when the base is loaded.
-
-    Returns:
-        A ``PeftModel``.
-
-    Raises:
-        ValueError: when the files are unsafe, or the adapter does not fit the base tensor by tensor.
-    """
-    from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    folder = Path(folder).expanduser()
-    files.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")
-    config = files.read_json(folder / "adapter_config.json")
-    _check_rank(weights, config)
-    base_name = config.get("base_model_name_or_path")
-    if model is None:
-        from rlft.models.loading import load_causal_lm, load_sequence_classifier
-
-        if not base_name:
-            raise ValueError(
-                f"{folder} names no base model (base_model_name_or_path); load the base yourself and pass "
-                f"load_adapter(folder, model=base)"
-            )
-        load = load_sequence_classifier if classifier else load_causal_lm
-        model = load(base_name, **{"revision": config.get("revision"), **_given(options)})
-    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=adapters._cuda_devices(model)):
-            warnings.filterwarnings("ignore", message=".*[Mm]issing.*keys.*")  # checked below, and refused
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except Exception as error:  # peft, huggingface_hub and safetensors raise whatever a damaged file makes of them
-        reason = next(iter(str(error).strip().splitlines()), "")
-        reason = reason if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {reason}"
-        raise ValueError(
-            f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): {reason}"
-        ) from error
-    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    with safe_open(str(weights), framework="pt") as stored:
-        saved = set(stored.keys())
-        missing, unknown = sorted(loaded.keys() - saved), sorted(saved - loaded.keys())
-        unknown = [name for name in unknown if not _is_base_weight(name, before)]
-        if missing or unknown:
-            raise ValueError(
-                f"the adapter in {folder} does not fit {type(model).__name__} (it was trained on {base_name!r}): "
-                f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} without a place {unknown[:2]}; "
-                f"load it onto the base it was trained on"
-            )
-        for name in sorted(loaded):
-            value: Tensor = stored.get_tensor(name)
-            if not torch.equal(value.to(loaded[name]), loaded[name].detach()):
-                raise ValueError(
-                    f"adapter tensor {name} of {folder} was not loaded as stored; report this with the file"
-                )
-    from rlft.models.loading import new_head, trained
-
-    if all(any(name.endswith(f".{new}") for name in loaded) for new in new_head(model)):
-        trained(model)  # the adapter brought the score head
-    _full_precision(wrapped)
-    return wrapped
-
-
-def _check_rank(weights: Path, config: dict[str, Any]) -> None:
-    """Refuse a rank that is not that of the stored tensors, before memory for it is asked for."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(weights), framework="pt") as stored:
-            ranks = {stored.get_slice(name).get_shape()[0] for name in stored.keys() if ".lora_A." in name}
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{weights} is not a safetensors file that can be read ({error}); save the adapter again"
-        ) from None
-    if ranks and not config.get("rank_pattern") and any(rank != config.get("r") for rank in ranks):
-        raise ValueError(
-            f"{weights.parent / 'adapter_config.json'} says rank r={config.get('r')!r:.40} and the stored tensors have "
-            f"{', '.join(map(str, sorted(ranks)))}; use the config that was saved with them"
-        )
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if not (name == "revision" and value is None)}
-
-
-def _is_base_weight(name: str, base: dict[str, tuple[int, ...]]) -> bool:
-    """Whether peft stored a base weight (a resized embedding) beside the adapter."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "") in base
 
 
 def _linear_names(model: nn.Module) -> set[str]:
@@ -306,7 +204,7 @@ def _tied_among(model: Any, wanted: Iterable[str]) -> str | None:
     )
 
 
-def _full_precision(model: Any) -> None:
+def full_precision(model: Any) -> None:
     """Trainable tensors in float32; modules trained in full get and give the dtype their neighbours expect."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlft import _check
 from rlft._failpoint import instant
-from rlft.models import adapters, loading, modes
+from rlft.models import adapters, loading, modes, pretrained
 from rlft.models.attention import DEVICES
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.scorer import CausalScorer, Layout, unwrap
@@ -122,7 +122,7 @@ class RewardScorer(TrainableModule):
             directory: made where it is missing.
             whole: of :meth:`whole_state`, where the parameters are spread over processes; one process writes then.
         """
-        loading.trained(self.model)
+        pretrained.trained(self.model)
         options: dict[str, Any] = {} if whole is None else {"state_dict": under("model.", whole)}
         if adapters.is_peft(self.model):
             name = adapters.active_adapter(self.model)
@@ -176,7 +176,7 @@ class ModelReward:
             shared = {k: v for k, v in options.items() if k in ("revision", "trust_remote_code")}
             tokenizer = load_tokenizer(model, **shared)
         loaded = loading.load_sequence_classifier(model, **options)
-        if new := loading.new_head(loaded):
+        if new := pretrained.new_head(loaded):
             raise ValueError(
                 f"{model if not isinstance(model, nn.Module) else type(model).__name__} has no trained score head ({new[0]} "
                 f"is random), so its rewards would be noise; train it first with a reward-model objective"

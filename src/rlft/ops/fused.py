@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import os
-import warnings
 from typing import Any
 
 import torch
@@ -17,109 +14,9 @@ from torch import Tensor
 
 from rlft.ops.tiles import FAR, Problem, Rows, Workspace
 
-__all__ = ["FusedRows", "flaw", "fused_d_logits", "require", "usable"]
+__all__ = ["BLOCK", "FusedRows", "fused_d_logits"]
 
-_BLOCK = 2048  # columns that one program holds in registers at a time, at most
-# Tiles of the self-test: two in each direction, as wide as a block, so that the kernels of later calls are those tested.
-_TEST_TILE = (32, _BLOCK + 256)
-# The plans round alike and sum in another order. A wrong kernel is off by the size of the numbers themselves.
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-def require(device: torch.device) -> None:
-    """Raises ValueError where the kernels cannot run."""
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("plan 'triton' needs the package triton (it comes with torch's CUDA builds); use plan='tile'")
-    if device.type != "cuda" and not _interpreted():
-        raise ValueError(
-            f"plan 'triton' needs a CUDA device, and the tensors are on {device}; use plan='tile' (or 'auto')"
-        )
-
-
-def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether plan ``auto`` takes the kernels: on CUDA with triton, after they agreed with torch's operators once.
-
-    Warns once in a process where they should and do not.
-    """
-    if device.type != "cuda" or _interpreted():
-        return False
-    wrong = flaw(device, dtype)
-    if wrong is not None:
-        _warn_once(device, wrong)
-    return wrong is None
-
-
-@functools.cache
-def _warn_once(device: torch.device, wrong: str) -> None:
-    warnings.warn(
-        f"the Triton kernels of rlft.ops do not serve on {device} ({wrong}), so torch's operators do their work "
-        f"(slower); pass plan='tile' to skip this check",
-        stacklevel=2,
-    )
-
-
-@functools.cache
-def flaw(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels, on a small problem with every output and gradient; None where nothing is.
-
-    Compared with torch's operators around the same matrix products. Found once per process.
-
-    Args:
-        device: to run on.
-        dtype: of hidden states and head.
-    """
-    from rlft.ops.head import linear_logps
-
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    rows, columns = _TEST_TILE
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, std: float) -> Tensor:
-        return (std * torch.randn(*shape, generator=generator)).to(device, dtype)
-
-    with torch.inference_mode(False), torch.enable_grad():
-        hidden = draw(rows + 8, 64, std=1.0)
-        ref_hidden = hidden + draw(rows + 8, 64, std=1.0)
-        weight = draw(2 * columns, 64, std=0.3)
-        targets = torch.randint(2 * columns, (rows + 8,), generator=generator).to(device)
-        upstream = torch.randn(3, rows + 8, generator=generator).to(device)
-        names = ("logps", "entropy", "kl")
-
-        def solve(plan: str, trains: bool) -> list[Tensor]:
-            leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)]
-            out = linear_logps(
-                leaves[0],
-                leaves[1],
-                targets,
-                ref_hidden=ref_hidden,
-                want=frozenset(names) | {"ref_logps"},
-                grad=frozenset(names),
-                plan=plan,  # type: ignore[arg-type]
-                chunk=_TEST_TILE,
-            )._asdict()
-            found = [out[name].detach() for name in (*names, "ref_logps")]
-            parts = [(out[name] * g).sum() for name, g in zip(names, upstream, strict=True)]
-            if trains:
-                return [*found, *torch.autograd.grad(torch.stack(parts).sum(), leaves)]
-            return [*found, *(torch.autograd.grad(part, leaves[:1], retain_graph=True)[0] for part in parts)]
-
-        try:
-            for trains in (False, True):
-                plain = solve("recompute" if trains else "tile", trains)
-                for mine, theirs in zip(solve("triton", trains), plain, strict=True):
-                    error = float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-                    if not error <= _CLOSE.get(dtype, 2e-2):
-                        return f"they differ from torch's operators by {error:.1e} on a small problem"
-        except torch.OutOfMemoryError:  # says nothing about the kernels, and must not be remembered
-            raise
-        except Exception as error:  # compilers and drivers fail in many ways, and there is another plan
-            return f"{type(error).__name__}: {(str(error).splitlines() or ['without a message'])[0]}"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+BLOCK = 2048  # columns that one program holds in registers at a time, at most
 
 
 def _kernels(p: Problem) -> Any:
@@ -199,7 +96,7 @@ def _raw(p: Problem, space: Workspace, rows: slice, cols: slice, h: Tensor, hr: 
         "ref_bias_ptr": None if ref_bias is None else ref_bias[cols].contiguous(),
         "scales_ptr": _scales(z.device, p.dtype, p.pre, 1.0 if p.post is None else p.post, p.slope),
         "v": v, "first_column": cols.start, "HAS_REF": hr is not None, "BY_DIFFERENCE": by_difference,
-        "SOFTCAP": p.post is not None, "ROWS": _rows(z), "BLOCK": min(_BLOCK, 1 << (v - 1).bit_length()),
+        "SOFTCAP": p.post is not None, "ROWS": _rows(z), "BLOCK": min(BLOCK, 1 << (v - 1).bit_length()),
     }  # fmt: skip
 
 

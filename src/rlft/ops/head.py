@@ -14,7 +14,7 @@ from rlft.ops import compiled
 from rlft.ops.dense import logits_logps, transform
 from rlft.ops.flash import AttentionPlan
 from rlft.ops.flash import check as check_attention
-from rlft.ops.fused import require, usable
+from rlft.ops.kernel_check import require, usable
 from rlft.ops.outputs import HeadOutputs, finish
 from rlft.ops.plans import RecomputePlan, TilePlan
 from rlft.ops.tiles import Problem

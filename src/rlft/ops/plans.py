@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.ops.tiles import Problem, Workspace, logits, scan
+from rlft.ops.fused import FusedRows, fused_d_logits
+from rlft.ops.tiles import Problem, Rows, Workspace, logits, scan
 
 __all__ = ["RecomputePlan", "TilePlan"]
 
@@ -20,7 +21,7 @@ class TilePlan(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, problem: Problem, want: tuple[str, ...], grad: tuple[str, ...]) -> Any:
         needed = frozenset(grad) if ctx.needs_input_grad[0] else frozenset()
         with torch.autocast(hidden.device.type, enabled=False):
-            result = scan(problem, frozenset(want), needed)
+            result = scan(problem, frozenset(want), needed, FusedRows if problem.fused else Rows)
         ctx.set_materialize_grads(False)
         ctx.names, ctx.hidden_dtype = want, hidden.dtype
         ctx.bases = tuple(sorted(needed))
@@ -58,7 +59,7 @@ class RecomputePlan(torch.autograd.Function):
         grad: tuple[str, ...],
     ) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            result = scan(problem, frozenset(want), frozenset())
+            result = scan(problem, frozenset(want), frozenset(), FusedRows if problem.fused else Rows)
         ctx.set_materialize_grads(False)
         ctx.names, ctx.problem = want, problem
         ctx.save_for_backward(hidden, weight, bias, problem.ref_hidden, problem.ref_weight, problem.ref_bias)
@@ -95,9 +96,7 @@ def _walk(
     """Vocabulary outside, rows inside: the sum of the head's gradient is one float32 tile, whatever its dtype."""
     space = Workspace(p)
     needs_ref = "kl" in given
-    d_logits = _d_logits
-    if p.fused:
-        from rlft.ops.fused import fused_d_logits as d_logits
+    d_logits = fused_d_logits if p.fused else _d_logits
     for cols in p.column_tiles():
         v = cols.stop - cols.start
         w = p.operand(p.weight[cols])

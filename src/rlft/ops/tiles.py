@@ -171,8 +171,11 @@ class Scan:
     basis: dict[str, Tensor]
 
 
-def scan(p: Problem, want: frozenset[str], basis: frozenset[str]) -> Scan:
-    """Run the pass; ``basis`` names the outputs whose derivative with respect to ``hidden`` is stored."""
+def scan(p: Problem, want: frozenset[str], basis: frozenset[str], kind: type[Rows]) -> Scan:
+    """Run the pass; ``basis`` names the outputs whose derivative with respect to ``hidden`` is stored.
+
+    ``kind`` does the arithmetic: :class:`Rows`, or its subclass around fused kernels, which this file need not know.
+    """
     n, d = p.hidden.shape
 
     def per_row() -> Tensor:
@@ -185,9 +188,6 @@ def scan(p: Problem, want: frozenset[str], basis: frozenset[str]) -> Scan:
         basis={name: torch.empty(n, d, dtype=p.dtype, device=p.hidden.device) for name in sorted(basis)},
     )
     space = Workspace(p)
-    kind = Rows
-    if p.fused:
-        from rlft.ops.fused import FusedRows as kind
     for rows in p.row_tiles():
         kind(p, rows, want, basis, space).run(result)
     return result

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlft.metrics import PHASES
 from rlft.report.curves import _STYLE, COLOURS, Rows, _matplotlib, _png
 from rlft.report.page import Table, make_table, number
-from rlft.run.measure.meter import PHASES
 
 __all__ = ["NAMES", "draw_shares", "phase_seconds", "share_table"]
 

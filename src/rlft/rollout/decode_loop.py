@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlft.rollout.prompt_rows import fitted
 from rlft.rollout.randomness import row_keys
 from rlft.rollout.row_settings import Chooser, RowSettings
 from rlft.rollout.stop_strings import StopStrings
@@ -21,17 +22,11 @@ if TYPE_CHECKING:
     from rlft.rollout.llama_step import LlamaStep
     from rlft.rollout.step_graphs import Capture, StepGraphs
 
-__all__ = ["DecodeLoop", "fitted"]
+__all__ = ["DecodeLoop"]
 
-_TRIM = 0.75  # rows move left when they would then need less than this share of the columns
 _REFILL = 4  # new rows are let in when a slots' quarter is free, so that each prefill serves several
 _SHARED = 4  # answers to a prompt from which it pays to read its keys once for all of them
 _RESERVE = 256  # columns allocated beyond the prompts at once
-
-
-def fitted(columns: int, needed: int) -> int:
-    """The column where rows shall end that end at ``columns``, when the longest needs ``needed``."""
-    return needed if needed > columns or needed < _TRIM * columns else columns
 
 
 @dataclass(slots=True)

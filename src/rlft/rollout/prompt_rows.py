@@ -1,4 +1,4 @@
-"""Prompts on their way through a model all at once, end to end and without padding."""
+"""Prompts on their way through a model all at once, end to end and without padding; and the column where rows end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["PromptRows"]
+__all__ = ["PromptRows", "fitted"]
+
+_TRIM = 0.75  # rows move left when they would then need less than this share of the columns
+
+
+def fitted(columns: int, needed: int) -> int:
+    """The column where rows shall end that end at ``columns``, when the longest needs ``needed``."""
+    return needed if needed > columns or needed < _TRIM * columns else columns
 
 
 @dataclass(frozen=True, slots=True)

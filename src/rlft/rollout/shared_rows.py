@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlft.rollout.decode_loop import fitted
+from rlft.rollout.prompt_rows import fitted
 from rlft.rollout.row_cache import RowCache, padding_mask
 
 __all__ = ["SharedRows", "can_share"]

@@ -88,7 +88,7 @@ def data_facts(data: Any) -> dict[str, Any]:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What computes: packages, the interpreter and the device."""
-    from rlft import __version__
+    from rlft._version import __version__
 
     return {
         "rlft": __version__,

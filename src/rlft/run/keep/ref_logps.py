@@ -96,7 +96,7 @@ class RefLogpCache:
     def _facts(self, data: Any, reference: str) -> dict[str, Any]:
         import transformers
 
-        from rlft import __version__
+        from rlft._version import __version__
 
         return {
             "format": FORMAT,

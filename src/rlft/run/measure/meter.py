@@ -14,23 +14,13 @@ from typing import Any
 
 import torch
 
+from rlft.metrics import PHASES
 from rlft.models.layout import LayoutUsed
 from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
 from rlft.run.processes.processes import Processes
 
 __all__ = ["PHASES", "Meter", "byte_size", "short_number"]
 
-#: In the order of a step; what none of them covers is ``other``.
-PHASES: tuple[str, ...] = (
-    "sample",
-    "reward",
-    "reference",
-    "forward_backward",
-    "optimizer",
-    "evaluate",
-    "save",
-    "other",
-)
 _OWNERS = ("evaluate", "save")
 
 

@@ -65,7 +65,7 @@ def load_data(config: Config, train: Any, held_out: Any) -> tuple[Any, Any, Any]
 def _limited(config: Config, held: Any) -> Any:
     """The rows to evaluate on."""
     if held is None:
-        for name in ("eval_steps", "eval_rows"):
+        for name in ("eval_steps", "eval_rows", "metric_for_best_model"):
             if getattr(config, name) is not None:
                 raise ConfigError(f"{name} does nothing without evaluation data; give eval_data or eval_fraction")
         if config.eval_on_start:
