@@ -12,7 +12,7 @@ import pytest
 from rlft.config import Config, load_config
 from rlft.rewards import load_reward
 from rlft.run.setup import parts as setup
-from rlft.run.setup import settings as checks
+from rlft import rules
 from rlft.trainer import Trainer
 from tests.results.runs import CONFIGS, DATA, SMALL, needs_data
 
@@ -31,7 +31,7 @@ def test_nothing_is_left_out() -> None:
 def test_configuration_builds(path: Path) -> None:
     config = load_config(CONFIGS / path)
     objective = setup.objective(config, None)
-    checks.check_settings(config, objective, online=bool(config.rewards))
+    rules.check_settings(config, objective, online=bool(config.rewards))
     for reward in config.rewards:
         if not (isinstance(reward, str) and reward.startswith("runs/")):
             assert callable(load_reward(reward))

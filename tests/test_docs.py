@@ -21,7 +21,7 @@ from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
 from rlft.run.setup import parts as setup
-from rlft.run.setup import settings as checks
+from rlft import rules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -193,7 +193,7 @@ def test_yaml_is_a_configuration(tmp_path: Path) -> None:
         path.write_text(block.text)
         config = load_config(path)
         objective = setup.objective(config, None)
-        checks.check_settings(config, objective, online=bool(config.rewards))
+        rules.check_settings(config, objective, online=bool(config.rewards))
         shown += 1
     assert shown >= 4
 

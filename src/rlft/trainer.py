@@ -26,12 +26,11 @@ from rlft.metrics import MetricSums
 from rlft.objective import Objective
 from rlft.rollout import fold_seed
 from rlft.run import display
-from rlft.run.callbacks import CallbackHandler
-from rlft.run.measure.journal import Journal
+from rlft.run.checks.first_step import FirstStep
 from rlft.run.setup import arguments
+from rlft.run.setup.build import Given, build
 from rlft.run.setup.objective import objective_for
-from rlft.run.setup.parts import Given, build
-from rlft.run.setup.wiring import Stages, connect
+from rlft.run.setup.wiring import Connected
 from rlft.types import Batch
 
 __all__ = ["Trainer"]
@@ -39,7 +38,7 @@ __all__ = ["Trainer"]
 Callback = Callable[[str, "Trainer", Mapping[str, Any]], None]
 
 
-class Trainer:
+class Trainer(Connected):
     """Trains a policy (or a reward model) on any objective, offline or online.
 
     Args:
@@ -87,7 +86,7 @@ class Trainer:
         optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
         callbacks: Iterable[Any] = (),
     ) -> None:
-        self.config = arguments.settings(args)
+        config = arguments.settings(args)
         given = Given(
             model=model,
             train_dataset=train_dataset,
@@ -101,47 +100,8 @@ class Trainer:
             optimizer=arguments.optimizer(optimizers),
         )
         arguments.check_kinds(given, objective)
-        self.callbacks = arguments.callbacks(callbacks)
-        self.objective = objective_for(self.config, objective)
-        parts = build(self.config, self.objective, given)
-        # what a run is made of, and is not replaced
-        self.state, self.processes, self.accelerator = parts.progress, parts.processes, parts.processes.accelerator
-        self.tokenizer, self.policy, self.model = parts.tokenizer, parts.policy, parts.model
-        self.train_data, self.eval_data, self.optimizer = parts.train_data, parts.eval_data, parts.optimizer
-        self.rewards, self.judge, self.sampler, self.plan = parts.rewards, parts.judge, parts.sampler, parts.sizes
-        self.run_dir, self.online = parts.run_dir, parts.online
-        self.device, self.rank = self.processes.device, self.processes.rank
-        self.world_size, self.is_main = self.processes.world_size, self.processes.is_main
-        #: Log-probs are those of the distribution that sampled: its temperature divides the logits.
-        self.scoring_temperature = self.config.temperature if self.online else 1.0
-        # the owners of everything that moves
-        self.journal = Journal(self.processes, self.state, self.run_dir, quiet=self.config.disable_tqdm)
-        self.callback_handler = CallbackHandler(
-            self.callbacks, self, processes=self.processes, progress=self.state, config=self.config
-        )
-        made = connect(
-            self.config,
-            self.objective,
-            parts,
-            Stages(
-                rollout=lambda indices, step: self.rollout(indices, step),
-                score=lambda *rows: self.score(*rows),
-                prepare=lambda batch: self.prepare(batch),
-                forward=lambda batch, want: self.forward(batch, want),
-                save_model=lambda folder: self.save_model(folder),
-            ),
-            journal=self.journal,
-            callbacks=self.callback_handler,
-            temperature=self.scoring_temperature,
-            own_schedule=given.optimizer is None,
-        )
-        self.objective, self.source, self.micro_batches = made.objective, made.source, made.micro_batches
-        self.collate, self.counts, self.errors, self.sampling = made.collate, made.counts, made.errors, made.sampling
-        self.kl_control, self.passes, self.trust_region = made.kl_control, made.passes, made.trust_region
-        self.update, self.watchers, self.evaluation = made.update, made.watchers, made.evaluation
-        self.checkpoints, self.export, self.files = made.checkpoints, made.export, made.files
-        self.streamed_rows, self.ref_logps = made.streamed_rows, made.ref_logps
-        self.self_checks, self.first_step = made.self_checks, made.first_step
+        listed, goal = arguments.callbacks(callbacks), objective_for(config, objective)
+        super().__init__(build(config, goal, given), listed)
         self.callback_handler.call("init", {})
 
     # -- where this process stands ----------------------------------------------------------------------------------
@@ -183,12 +143,14 @@ class Trainer:
             offset = self.checkpoints.resume(resume_from_checkpoint)
             if self.kl_control is not None:
                 self.objective = self.kl_control.steered(self.objective)
-            display.start(self, resumed=offset is not None)
+            if self.is_main and not self.config.disable_tqdm:
+                about = {"kl_control": self.kl_control, "sampling": self.sampling, "trust_region": self.trust_region}
+                display.start(self.parts, display.facts(self.parts, **about), resumed=offset is not None)
             if self.state.finished:
                 self.export.finish(again=False)  # the run may have been killed between its last checkpoint and this
                 self.journal.say(f"this run is complete ({self.step} steps); nothing to do")
                 return {}
-            self.files.begin(self.journal, self.train_data.report, offset)
+            self.files.begin(self.train_data.report, offset)
             if offset is None:
                 self.checkpoints.seed()
             self.checkpoints.step_ended()
@@ -211,9 +173,9 @@ class Trainer:
         """Self-checks before the first step, and those that see it; the meter and the callbacks begin."""
         if self.step == 0:
             self.self_checks.run()
-        if not self.state.checked and self.first_step is not None:
+        if not self.state.checked and FirstStep.wanted(self.config):
             # first in the list: it compares frozen weights before a watcher moves a reference
-            self.watchers.insert(0, self.first_step())
+            self.watchers.insert(0, FirstStep(self.parts))
         if self.callback_handler.sees_updates:
             self.watchers.append(self.callback_handler)
         self.journal.start(self.policy, mixed_precision=self.config.mixed_precision)
@@ -327,10 +289,10 @@ class Trainer:
     def _gradient(self, micro_batches: list[Batch], denominators: Tensor) -> float:
         """Backward passes; the step's loss over all processes."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.micro_batches.one_by_one(micro_batches, self.model):
+        for batch in self.micro_batches.one_by_one(micro_batches):
             with instant("train.backward"), self.journal.phase("forward_backward"):
                 loss = self.compute_loss(batch, denominators)
-                self.micro_batches.note_layout(self.policy, batch)
+                self.micro_batches.note_layout(batch)
                 self.update.backward(loss, self.objective.name)
             total += loss.detach().double()
         return float(self.processes.sum(total))

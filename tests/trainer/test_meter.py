@@ -13,26 +13,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlft.metrics import comparable, read_metrics
+from rlft.metrics import PHASES, comparable, read_metrics
 from rlft.models import LoraSettings, Policy, add_lora
+from rlft.models.layout import LayoutUsed
 from rlft.report.shares import NAMES, draw_shares, phase_seconds, share_table
 from rlft.run import display
-from rlft.run.measure import device_limits as floor
-from rlft.run.measure import meter as _meter
+from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
+from rlft.run.measure.journal import Journal
+from rlft.run.measure.meter import Meter
+from rlft.run.progress import Progress
 from tests.test_trainer import PAIRS, PROMPTS, digits_reward, trainer
 from tests.tiny import random_batch, tiny_llama
 
-ALONE: Any = SimpleNamespace(world_size=1, tokens_seen=0, policy=None, device=torch.device("cpu"))
-
-
-LATER: Any = SimpleNamespace(**{**vars(ALONE), "tokens_seen": 430})
+ALONE: Any = SimpleNamespace(world_size=1, is_main=True)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A clock that is moved by hand."""
     now = [100.0]
-    monkeypatch.setattr(_meter.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("rlft.run.measure.meter.time.perf_counter", lambda: now[0])
 
     def pass_by(seconds: float) -> None:
         now[0] += seconds
@@ -41,9 +41,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_every_second_has_one_owner(clock: Any) -> None:
-    meter = _meter.Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"))
     clock(50.0)
-    meter.start(ALONE)  # what was before the start is nobody's
+    meter.start(None, tokens_seen=0, mixed_precision="no")  # what was before the start is nobody's
     clock(1.0)
     with meter.phase("forward_backward"):
         clock(2.0)
@@ -58,7 +58,7 @@ def test_every_second_has_one_owner(clock: Any) -> None:
         clock(64.0)
         raise KeyError
     clock(128.0)
-    values = meter.flush(LATER)
+    values = meter.flush(ALONE, tokens_seen=430)
     seconds = {k.removeprefix("meter/share/"): v * 255 for k, v in values.items() if "share/" in k}
     assert seconds == pytest.approx(
         {"other": 129.0, "forward_backward": 10.0, "reference": 4.0, "evaluate": 48.0, "save": 64.0}
@@ -67,7 +67,7 @@ def test_every_second_has_one_owner(clock: Any) -> None:
     assert values["meter/trained_tokens_per_second"] == pytest.approx(430 / 143)  # without evaluation and saving
     assert list(meter.shares())[:2] == ["other", "save"]
     clock(5.0)
-    again = meter.flush(LATER)
+    again = meter.flush(ALONE, tokens_seen=430)
     assert (again["meter/share/other"], again["meter/seconds"]) == (1.0, 5.0)
     assert again["meter/trained_tokens_per_second"] == 0.0
 
@@ -91,8 +91,8 @@ def test_on_cuda_events_give_the_same_and_are_read_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an unknown one")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
-    meter = _meter.Meter(torch.device("cuda"))
-    meter.start(ALONE)
+    meter = Meter(torch.device("cuda"))
+    meter.start(None, tokens_seen=0, mixed_precision="no")
     for line in (1, 2):
         now[0] += 1.0
         with meter.phase("forward_backward"):
@@ -100,7 +100,7 @@ def test_on_cuda_events_give_the_same_and_are_read_once(monkeypatch: pytest.Monk
             with meter.phase("reference"):
                 now[0] += 4.0
         now[0] += 1.0
-        values = meter.flush(ALONE)
+        values = meter.flush(ALONE, tokens_seen=0)
         assert len(waits) == line
         assert values["meter/seconds"] == pytest.approx(8.0)
         shares = {k: v for k, v in values.items() if "share" in k}
@@ -161,7 +161,7 @@ def test_it_costs_little(tmp_path: Path) -> None:
     t = trainer(tmp_path, "grpo", PROMPTS, reward=digits_reward, beta=0.04, max_steps=4, self_checks=False)
     t.train()
     step = min(row["step_time"] for row in read_metrics(tmp_path))
-    meter = t.meter
+    meter = t.journal.meter
     started = time.perf_counter()
     for _ in range(200):
         for name in ("sample", "reward", "reference", "forward_backward", "reference", "optimizer"):
@@ -169,7 +169,7 @@ def test_it_costs_little(tmp_path: Path) -> None:
                 pass
         meter.passed(t.policy.layout_used, backward=True)
         meter.sampled([5] * 8)
-        meter.flush(t)
+        meter.flush(t.processes, tokens_seen=t.tokens_seen)
     each = (time.perf_counter() - started) / 200
     assert each < 0.01 * step, (each, step)
 
@@ -182,7 +182,7 @@ def test_operations_are_those_that_torch_counts(lora: bool) -> None:
     if lora:
         model = add_lora(model, LoraSettings(r=4))
     policy = Policy(model, reference="none", layout="padded")
-    cost = floor.model_cost(policy, mixed_precision="no")
+    cost = model_cost(policy, mixed_precision="no")
     assert cost is not None
     ids = torch.randint(4, 90, (1, 24), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
@@ -210,7 +210,7 @@ SHEETS = {
 
 @pytest.mark.parametrize("name", SHEETS)
 def test_known_devices_by_their_names(name: str) -> None:
-    device = floor.device_named(name)
+    device = device_named(name)
     assert device is not None
     half, single, bandwidth = SHEETS[name]
     assert (device.half, device.single, device.bandwidth) == pytest.approx(
@@ -225,11 +225,11 @@ def test_known_devices_by_their_names(name: str) -> None:
      "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "AMD Instinct MI300X"],
 )  # fmt: skip
 def test_figures_of_other_devices_are_not_invented(name: str) -> None:
-    assert floor.device_named(name) is None
+    assert device_named(name) is None
 
 
-def on_a(monkeypatch: pytest.MonkeyPatch, name: str, policy: Any) -> tuple[_meter.Meter, Any, list[str]]:
-    """A meter that was started on a mocked CUDA device, its trainer, and the notes of its start."""
+def on_a(monkeypatch: pytest.MonkeyPatch, name: str, policy: Any) -> tuple[Journal, list[str]]:
+    """The journal of a run that was started on a mocked CUDA device, and the notes of its start."""
     notes: list[str] = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
@@ -247,24 +247,24 @@ def on_a(monkeypatch: pytest.MonkeyPatch, name: str, policy: Any) -> tuple[_mete
             return 1000 * (later.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(_meter.display, "note", lambda trainer, text: notes.append(text))
-    of = SimpleNamespace(**{**vars(ALONE), "policy": policy, "config": SimpleNamespace(mixed_precision="bf16")})
-    meter = _meter.Meter(torch.device("cuda"))
-    meter.start(of)
-    return meter, of, notes
+    monkeypatch.setattr(Journal, "note", lambda journal, text: notes.append(text))
+    alone: Any = SimpleNamespace(**vars(ALONE), device=torch.device("cuda"))
+    journal = Journal(alone, Progress(1), Path("run"), quiet=True)
+    journal.start(policy, mixed_precision="bf16")
+    return journal, notes
 
 
 def test_mfu_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """One second of forward and backward: operations over 989e12."""
     policy = Policy(tiny_llama(), reference="none", layout="padded")
-    meter, of, notes = on_a(monkeypatch, "NVIDIA H200", policy)
+    journal, notes = on_a(monkeypatch, "NVIDIA H200", policy)
     assert not notes
-    used = _meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
-    with meter.phase("forward_backward"):
+    used = LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
+    with journal.phase("forward_backward"):
         pass
-    meter.passed(used, backward=True)
-    values = meter.flush(of)
-    cost = floor.model_cost(policy, mixed_precision="bf16")
+    journal.meter.passed(used, backward=True)
+    values = journal.flush()
+    cost = model_cost(policy, mixed_precision="bf16")
     assert cost is not None
     assert values["meter/mfu"] == pytest.approx(cost.update(100, 40, 50) / 989e12)
     assert values["meter/fraction_of_floor"] == pytest.approx(
@@ -274,32 +274,32 @@ def test_mfu_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_device_is_said_and_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(tiny_llama(), reference="none", layout="padded")
-    meter, of, notes = on_a(monkeypatch, "NVIDIA A10G", policy)
+    journal, notes = on_a(monkeypatch, "NVIDIA A10G", policy)
     assert notes == [
         "meter/mfu and meter/fraction_of_floor are left out: what a 'NVIDIA A10G' can do at most is not in the table "
         "(rlft.run.measure.device_limits.DEVICES)"
     ]
-    meter.passed(_meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2), backward=True)
-    assert not {"meter/mfu", "meter/fraction_of_floor"} & set(meter.flush(of))
+    journal.meter.passed(LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2), backward=True)
+    assert not {"meter/mfu", "meter/fraction_of_floor"} & set(journal.flush())
 
 
 def test_a_model_whose_operations_are_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_meter, "model_cost", lambda policy, mixed_precision: None)
-    meter, of, notes = on_a(monkeypatch, "NVIDIA H200", Policy(tiny_llama(), reference="none"))
+    monkeypatch.setattr("rlft.run.measure.meter.model_cost", lambda policy, mixed_precision: None)
+    journal, notes = on_a(monkeypatch, "NVIDIA H200", Policy(tiny_llama(), reference="none"))
     assert "how many operations this model takes is not known" in notes[0]
-    assert "meter/mfu" not in meter.flush(of)
+    assert "meter/mfu" not in journal.flush()
 
 
 def test_tf32_is_compared_with_its_own_peak() -> None:
     before = torch.get_float32_matmul_precision()
     policy = Policy(tiny_llama(), reference="none")
-    h200, t4 = floor.device_named("NVIDIA H200"), floor.device_named("Tesla T4")
+    h200, t4 = device_named("NVIDIA H200"), device_named("Tesla T4")
     assert h200 is not None
     assert t4 is not None
     try:
         for precision, peaks in (("highest", (67e12, 8.1e12)), ("high", (494.5e12, 8.1e12))):
             torch.set_float32_matmul_precision(precision)
-            cost = floor.model_cost(policy, mixed_precision="no")
+            cost = model_cost(policy, mixed_precision="no")
             assert cost is not None
             assert (cost.peak(h200), cost.peak(t4)) == pytest.approx(peaks)
     finally:
@@ -308,17 +308,17 @@ def test_tf32_is_compared_with_its_own_peak() -> None:
 
 def test_mfu_and_the_floor_by_hand(clock: Any) -> None:
     """A device of 1e9 operations and 1e6 bytes per second, a model of 1000 operations a token."""
-    meter = _meter.Meter(torch.device("cpu"))
-    meter._peak = floor.Device(half=2e9, single=1e9, bandwidth=1e6, tf32=0.0)
-    meter._cost = floor.ModelCost(trunk=1000, pair=2, head=500, bytes=4000, backward=2, head_backward=2, half=False)
+    meter = Meter(torch.device("cpu"))
+    meter._peak = Device(half=2e9, single=1e9, bandwidth=1e6, tf32=0.0)
+    meter._cost = ModelCost(trunk=1000, pair=2, head=500, bytes=4000, backward=2, head_backward=2, half=False)
     with meter.phase("sample"):
         clock(1.0)
     meter.sampled([10, 30])
-    used = _meter.LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
+    used = LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
     with meter.phase("forward_backward"):
         clock(0.5)
     meter.passed(used, backward=True, passes=2)
-    values = meter.flush(ALONE)
+    values = meter.flush(ALONE, tokens_seen=0)
     update = 100 * (3 * 1000 + 3 * 2 * 25) + 40 * 3 * 500
     forward = 100 * (1000 + 2 * 25) + 40 * 500
     decoding = 30 * 4000 / 1e6  # weights are read at each of 30 steps, which is longer than the arithmetic
@@ -345,7 +345,7 @@ def test_seconds_come_back_from_shares() -> None:
     assert two is not None
     assert "18 s (45.0%)" in two.text  # the mean of the seeds
     assert share_table({"old": [[{"step": 1, "loss": 1.0}]]}) is None
-    assert set(NAMES) == set(_meter.PHASES)
+    assert set(NAMES) == set(PHASES)
 
 
 def test_the_report_shows_them(tmp_path: Path) -> None:

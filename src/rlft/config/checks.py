@@ -10,7 +10,7 @@ from rlft._redact import secret_keys
 from rlft.config.fields import Fields
 from rlft.config.values import ConfigError
 
-__all__ = ["SELF_CHECKS", "check"]
+__all__ = ["SELF_CHECKS", "check_values"]
 
 #: What ``self_checks`` can switch off one by one: before the first step, and at it (the last three).
 SELF_CHECKS = (

@@ -51,6 +51,11 @@ class Config(Fields):
         """Whether trained tensors without a gradient are said to be right, by switching off that check by name."""
         return isinstance(self.self_checks, dict) and self.self_checks.get("gradients") is False
 
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps that one pass over a generation feeds."""
+        return (self.steps_per_generation or self.gradient_accumulation_steps) // self.gradient_accumulation_steps
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""
         return dataclasses.asdict(self)

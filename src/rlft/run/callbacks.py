@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from rlft.config import Config, ConfigError
-from rlft.run.processes.processes import Processes
-from rlft.run.progress import Progress
+from rlft.config import ConfigError
+from rlft.run.step.parts import Parts
 from rlft.run.step.watchers import Watcher
 
 __all__ = ["Arguments", "CallbackHandler", "Control", "is_of_transformers"]
@@ -62,9 +61,7 @@ class Arguments:
     """The settings of a run under the names that callbacks of transformers read.
 
     Args:
-        config: settings, whose names are mostly the same.
-        processes: of the run.
-        progress: knows the number of steps.
+        parts: of the run.
     """
 
     load_best_model_at_end = False
@@ -72,10 +69,10 @@ class Arguments:
     logging_first_step = False
     eval_delay = 0
 
-    def __init__(self, config: Config, processes: Processes, progress: Progress) -> None:
-        self._config = config
-        self.max_steps, self.device = progress.max_steps, processes.device
-        self.world_size, self.process_index = processes.world_size, processes.rank
+    def __init__(self, parts: Parts) -> None:
+        self._config = config = parts.config
+        self.max_steps, self.device = parts.sizes.total_steps, parts.processes.device
+        self.world_size, self.process_index = parts.processes.world_size, parts.processes.rank
         self.eval_strategy = "steps" if config.eval_steps else "no"
         self.save_strategy = "steps" if config.save_steps else "no"
         metric, greater = config.metric_for_best_model, config.greater_is_better
@@ -102,16 +99,13 @@ class CallbackHandler(Watcher):
     Args:
         listed: functions ``(event, trainer, values)`` and ``TrainerCallback`` objects; the list may grow.
         trainer: what they are called with.
-        processes: of the run.
-        progress: what callbacks of transformers get as ``state``.
-        config: what they get as ``args``.
+        parts: of the run.
     """
 
-    def __init__(
-        self, listed: Sequence[Any], trainer: Any, *, processes: Processes, progress: Progress, config: Config
-    ) -> None:
-        self.listed, self.trainer, self.processes, self.progress = listed, trainer, processes, progress
-        self.control, self.args = Control(), Arguments(config, processes, progress)
+    def __init__(self, listed: Sequence[Any], trainer: Any, parts: Parts) -> None:
+        self.listed, self.trainer, self.parts = listed, trainer, parts
+        self.processes, self.progress = parts.processes, parts.processes.progress
+        self.control, self.args = Control(), Arguments(parts)
 
     # -- calls ----------------------------------------------------------------------------------------------------------------
     @property
@@ -130,14 +124,13 @@ class CallbackHandler(Watcher):
 
     def _call_method(self, one: Any, event: str, values: Mapping[str, Any]) -> None:
         method, name = _METHODS[event]
-        trainer = self.trainer
         answer = getattr(one, method)(
             self.args,
             self.progress,
             self.control,
-            model=trainer.model,
-            processing_class=trainer.tokenizer,
-            optimizer=trainer.optimizer,
+            model=self.parts.model,
+            processing_class=self.parts.tokenizer,
+            optimizer=self.parts.optimizer,
             lr_scheduler=None,
             train_dataloader=None,
             eval_dataloader=None,
@@ -196,7 +189,7 @@ class CallbackHandler(Watcher):
         name = metric if metric.startswith("eval_") else f"eval_{metric}"
         if name not in values:
             close = ", ".join(sorted(values)[:12])
-            self.trainer.journal.warn_once(
+            self.parts.journal.warn_once(
                 "best metric",
                 f"metric_for_best_model={metric!r} is not measured, so no step is the best; there are: {close}",
             )
@@ -209,7 +202,7 @@ class CallbackHandler(Watcher):
             own = torch.tensor([float(wish) for wish in astuple(self.control)])
             self.control = Control(*(bool(n) for n in self.processes.sum(own).tolist()))
         if self.control.should_epoch_stop:
-            self.trainer.journal.warn_once(
+            self.parts.journal.warn_once(
                 "epoch stop",
                 "a callback asked to end the epoch (should_epoch_stop), which is not heeded; should_training_stop ends the run",
             )

@@ -9,11 +9,15 @@ from typing import Any
 
 from rlft._redact import redact
 from rlft.config import Config
+from rlft.rules.correction import correction_settings
 from rlft.run.checks.before import peak_memory
 from rlft.run.keep.ref_logps import ref_logps_dir
 from rlft.run.measure.meter import byte_size, short_number
 from rlft.run.progress import Progress
-from rlft.run.step.correction import correction_settings
+from rlft.run.step.kl_control import KLControl
+from rlft.run.step.parts import Parts
+from rlft.run.step.sampling import Sampling
+from rlft.run.step.trust_region import TrustRegion
 
 __all__ = ["end", "facts", "meter_line", "progress", "start", "table"]
 
@@ -51,62 +55,59 @@ def _console(stderr: bool = False) -> Any:
     return Console(stderr=stderr, highlight=False, soft_wrap=False)
 
 
-def facts(trainer: Any) -> dict[str, str]:
+def facts(
+    parts: Parts, *, kl_control: KLControl | None, sampling: Sampling | None, trust_region: TrustRegion | None
+) -> dict[str, str]:
     """What this run optimises, on what, with what: the rows of the table shown before it starts."""
-    c, p = trainer.config, trainer.plan
-    trainable = sum(t.numel() for t in trainer.policy.parameters() if t.requires_grad)
-    total = sum(t.numel() for t in trainer.policy.parameters())
-    rows = dict(trainer.objective.describe())
-    if trainer.kl_control is not None:
-        rows["KL controller"] = trainer.kl_control.describe()
+    c, p, policy, data, world = parts.config, parts.sizes, parts.policy, parts.train_data, parts.processes.world_size
+    trainable = sum(t.numel() for t in policy.parameters() if t.requires_grad)
+    total = sum(t.numel() for t in policy.parameters())
+    rows = dict(parts.objective.describe())
+    if kl_control is not None:
+        rows["KL controller"] = kl_control.describe()
     if (options := correction_settings(c)) is not None:
         rows["sampler correction"] = ", ".join(f"{name} {value}" for name, value in options.items())
-    rows["reference"] = getattr(trainer.policy, "reference_kind", "none").replace("_", " ")
+    rows["reference"] = getattr(policy, "reference_kind", "none").replace("_", " ")
     if c.precompute_ref_log_probs:
         rows["reference"] += f", log-probs kept in {ref_logps_dir(c)}"
     rows["trains"] = f"{short_number(trainable)} of {short_number(total)} weights ({trainable / max(1, total):.1%})"
-    data = trainer.train_data
     size = "a stream of" if c.streaming else f"{len(data.examples)}"
-    rows["data"] = f"{size} {data.format} rows" + (
-        f", {len(trainer.eval_data.examples)} held out" if trainer.eval_data is not None else ""
-    )
-    if trainer.sampling is not None:
-        rows["samples"] = (
-            f"{c.num_generations} per prompt, {p.groups_per_step * c.num_generations * trainer.world_size} per step; "
-            f"temperature {c.temperature:g}, at most {c.max_completion_length} tokens"
-        )
-        if (rewards := trainer.sampling.rewards) is not None:
-            rows["rewards"] = ", ".join(
-                name if weight == 1 else f"{weight:g} x {name}"
-                for name, weight in zip(rewards.names, rewards.weights, strict=True)
-            )
-        if trainer.sampling.comparisons is not None:
-            rows |= trainer.sampling.comparisons.describe()
-    else:
-        rows["per step"] = f"{p.groups_per_step * trainer.world_size} examples"
+    held_out = f", {len(parts.eval_data.examples)} held out" if parts.eval_data is not None else ""
+    rows["data"] = f"{size} {data.format} rows{held_out}"
     looked_at = data.examples[:200]
     prompt = sum(len(e.prompt_ids) for e in looked_at) / len(looked_at)
     answers = sum(len(a.ids) for e in looked_at for a in e.completions) / len(looked_at)
-    answers = c.num_generations * c.max_completion_length if trainer.online else answers
-    rows["tokens per step"] = f"about {short_number(int(p.groups_per_step * trainer.world_size * (prompt + answers)))}"
+    if sampling is not None:
+        answers = c.num_generations * c.max_completion_length
+        rows["samples"] = (
+            f"{c.num_generations} per prompt, {p.groups_per_step * c.num_generations * world} per step; "
+            f"temperature {c.temperature:g}, at most {c.max_completion_length} tokens"
+        )
+        if (rewards := sampling.rewards) is not None:
+            weighed = zip(rewards.names, rewards.weights, strict=True)
+            rows["rewards"] = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in weighed)
+        if sampling.comparisons is not None:
+            rows |= sampling.comparisons.describe()
+    else:
+        rows["per step"] = f"{p.groups_per_step * world} examples"
+    rows["tokens per step"] = f"about {short_number(int(p.groups_per_step * world * (prompt + answers)))}"
     rows["micro-batches"] = (
         f"at most {p.micro_batch_rows} answers"
         if c.max_tokens_per_micro_batch is None
         else f"at most {c.max_tokens_per_micro_batch} tokens (rows x longest row)"
-        + (", groups whole" if trainer.objective.needs_groups else "")
+        + (", groups whole" if parts.objective.needs_groups else "")
     )
     adam = f"AdamW, lr {c.learning_rate:g} {c.lr_scheduler_type}"
-    if trainer.trust_region is not None:
-        adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trainer.trust_region.of_critic else "no optimizer"
+    if trust_region is not None:
+        adam = f"AdamW for the critic, lr {c.learning_rate:g}" if trust_region.of_critic else "no optimizer"
     epochs = f" ({p.total_steps / p.steps_per_epoch:.2f} epochs)" if p.steps_per_epoch else ""
     rows["steps"] = f"{p.total_steps}{epochs}, {adam}"
-    rows["processes"] = f"{trainer.world_size} on {trainer.device}" + (
-        f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
-    )
-    estimate = peak_memory(c, trainer.objective, p, trainer.policy, data, online=trainer.online)
-    parts = ", ".join(f"{name} {byte_size(size)}" for name, size in estimate.items() if size)
-    rows["memory"] = f"about {byte_size(sum(estimate.values()))} at the longest rows ({parts})"
-    rows["output"] = str(trainer.run_dir)
+    precision = f", {c.mixed_precision}" if c.mixed_precision != "no" else ""
+    rows["processes"] = f"{world} on {parts.processes.device}{precision}"
+    estimate = peak_memory(parts)
+    listed = ", ".join(f"{name} {byte_size(size)}" for name, size in estimate.items() if size)
+    rows["memory"] = f"about {byte_size(sum(estimate.values()))} at the longest rows ({listed})"
+    rows["output"] = str(parts.run_dir)
     return rows
 
 
@@ -123,18 +124,16 @@ def table(title: str, rows: Mapping[str, str]) -> Any:
     return made
 
 
-def start(trainer: Any, *, resumed: bool) -> None:
+def start(parts: Parts, rows: Mapping[str, str], *, resumed: bool) -> None:
     """The table of what this run optimises, the data report, and one row as it is trained on."""
-    if trainer.config.disable_tqdm or not trainer.is_main:
-        return
-    resumed_at = f", resumed at step {trainer.step}" if resumed else ""
-    title = redact(trainer.config.run_name or trainer.objective.name)
-    _console().print(table(f"rlft: {title}{resumed_at}", redact(facts(trainer))))
-    report = trainer.train_data.report
+    step = parts.processes.progress.step
+    title = redact(parts.config.run_name or parts.objective.name) + (f", resumed at step {step}" if resumed else "")
+    _console().print(table(f"rlft: {title}", redact(dict(rows))))
+    report = parts.train_data.report
     if report.skipped or report.kept != report.rows:
         print(redact(str(report)))
-    if trainer.config.checks_itself("sample"):
-        _sample(trainer.train_data.examples[0], trainer.tokenizer)
+    if parts.config.checks_itself("sample"):
+        _sample(parts.train_data.examples[0], parts.tokenizer)
 
 
 def _sample(example: Any, tokenizer: Any) -> None:

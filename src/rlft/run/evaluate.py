@@ -13,13 +13,11 @@ from torch import Tensor
 from rlft import checkpoint, reduce
 from rlft._failpoint import instant
 from rlft._redact import redact
-from rlft.config import Config
 from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
 from rlft.run.setup.data import load_setting, tokenized
 from rlft.run.step.collate import Collator
 from rlft.run.step.micro_batches import blank, by_tokens
+from rlft.run.step.parts import Parts
 from rlft.run.step.passes import Passes
 from rlft.run.step.sampling import Sampling
 from rlft.types import Batch
@@ -31,12 +29,7 @@ class Evaluation:
     """Measures held-out data. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        tokenizer: of the policy.
-        train_format: of the training data.
-        data: held-out data as tokens, or None.
-        processes: of the run; each takes its share of the examples.
-        journal: keeps the numbers apart from those of the step.
+        parts: of the run; each process takes its share of the examples.
         passes: what an objective needs before its forward pass.
         collate: examples -> batch.
         sampling: of an online run, else None.
@@ -45,21 +38,15 @@ class Evaluation:
 
     def __init__(
         self,
-        config: Config,
-        tokenizer: Any,
-        *,
-        train_format: str,
-        data: Any,
-        processes: Processes,
-        journal: Journal,
+        parts: Parts,
         passes: Passes,
         collate: Collator,
         sampling: Sampling | None,
         forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
     ) -> None:
-        self.config, self.tokenizer, self.train_format, self.data = config, tokenizer, train_format, data
-        self.processes, self.journal, self.passes, self.collate = processes, journal, passes, collate
-        self.sampling, self.forward = sampling, forward
+        self.config, self.tokenizer, self.data = parts.config, parts.tokenizer, parts.eval_data
+        self.processes, self.journal, self.train_format = parts.processes, parts.journal, parts.train_data.format
+        self.passes, self.collate, self.sampling, self.forward = passes, collate, sampling, forward
 
     def run(self, objective: Objective, dataset: Any = None) -> dict[str, float]:
         """Evaluate on the held-out data (or on ``dataset``); keys are prefixed ``eval_``.

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from rlft.checkpoint import CheckpointError
-from rlft.config import Config
 from rlft.errors import TrainingError
-from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
 from rlft.run.measure.meter import byte_size
-from rlft.run.processes.processes import Processes
-from rlft.run.step.batch_sizes import BatchSizes
+from rlft.run.step.parts import Parts
 from rlft.run.step.passes import Passes
 from rlft.run.step.probes import EXACT, LOOKED_AT, apart, batch_of, exact, probe_batch, probe_rows
 from rlft.run.step.step_errors import StepErrors
@@ -39,45 +35,17 @@ class SelfChecks:
     """The checks of a run, by the names that ``self_checks`` has for them. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        objective: of the run.
-        sizes: rows of a micro-batch.
-        policy: unwrapped.
-        optimizer: of the run.
-        tokenizer: of the policy.
-        data: training data as tokens.
+        parts: of the run.
         passes: scores a few rows.
-        processes: of the run.
-        journal: where it is said what passed.
         errors: what goes wrong, in words.
         rehearse: writes a checkpoint and reads it back, see :meth:`rlft.run.keep.checkpoints.Checkpoints.rehearse`.
-        online: whether answers are sampled.
-        temperature: divides the logits.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        sizes: BatchSizes,
-        *,
-        policy: Any,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Any,
-        data: Any,
-        passes: Passes,
-        processes: Processes,
-        journal: Journal,
-        errors: StepErrors,
-        rehearse: Callable[[], str | None],
-        online: bool,
-        temperature: float,
-    ) -> None:
-        self.config, self.objective, self.sizes = config, objective, sizes
-        self.policy, self.optimizer, self.tokenizer, self.data = policy, optimizer, tokenizer, data
-        self.passes, self.processes, self.journal, self.errors = passes, processes, journal, errors
-        self._rehearse, self.online, self.temperature = rehearse, online, temperature
-        self.exact = exact(policy, config.mixed_precision)
+    def __init__(self, parts: Parts, passes: Passes, errors: StepErrors, rehearse: Callable[[], str | None]) -> None:
+        self.parts, self.config, self.objective, self.policy = parts, parts.config, parts.objective, parts.policy
+        self.processes, self.journal, self.tokenizer = parts.processes, parts.journal, parts.tokenizer
+        self.passes, self.errors, self._rehearse = passes, errors, rehearse
+        self.exact = exact(parts.policy, parts.config.mixed_precision)
         self.checks: dict[str, Callable[[], str | None]] = {
             "trainable": self.trainable,
             "sample": self.sample,
@@ -111,7 +79,7 @@ class SelfChecks:
         """The reference is the policy as it was passed, so both give the same log-probs."""
         if getattr(self.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):
             return None
-        batch = probe_batch(self.data.examples[:2], self.tokenizer.pad_token_id).to(self.processes.device)
+        batch = probe_batch(self.parts.train_data.examples[:2], self.tokenizer.pad_token_id).to(self.processes.device)
         outputs = self.passes.outputs(batch, frozenset({"logps", "ref_logps"}), everything=True)
         gap = float((outputs["logps"] - outputs["ref_logps"]).abs().max())
         if gap <= EXACT:
@@ -125,7 +93,7 @@ class SelfChecks:
     @torch.no_grad()
     def padding(self) -> str | None:
         """A row's log-probs do not depend on the row beside it, nor on padding at its left."""
-        rows = sorted(probe_rows(self.data.examples[:LOOKED_AT]), key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted(probe_rows(self.parts.train_data.examples[:LOOKED_AT]), key=lambda row: len(row[0]) + len(row[1]))
         (prompt, answer), other = rows[0], rows[-1]
         if other == rows[0]:  # one row, or equal ones: make room for padding
             other = ([*prompt, *answer], answer)
@@ -149,7 +117,7 @@ class SelfChecks:
             gap = apart(got[: len(answer)] if not reward else got, expected[0], exact=self.exact)
             if gap is not None:
                 return _padding_message(f"beside a longer row ({layout} layout)", gap)
-        if reward or not self.online:
+        if reward or not self.parts.online:
             return None
         gap = apart(self._left_padded(prompt, answer, 3), self._left_padded(prompt, answer, 0), exact=self.exact)
         return None if gap is None else _padding_message("with three tokens of padding at its left", gap)
@@ -165,12 +133,12 @@ class SelfChecks:
             position_ids=(columns - gap).clamp(min=0),
             use_cache=False,
         ).logits[0, -len(answer) - 1 : -1]
-        logps = (logits.double() / self.temperature).log_softmax(-1)
+        logps = (logits.double() / self.parts.temperature).log_softmax(-1)
         return logps.gather(-1, ids[0, -len(answer) :, None])[:, 0]
 
     def sample(self) -> str | None:
         """Rows begin with at most one BOS, and answers that were not cut end with a token that is trained and ends them."""
-        examples = self.data.examples[:LOOKED_AT]
+        examples = self.parts.train_data.examples[:LOOKED_AT]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and bos not in (eos, self.tokenizer.pad_token_id):
             counts = [
@@ -210,7 +178,7 @@ class SelfChecks:
         # the optimizer of a trust region holds the critic alone
         if self.processes.sharded or self.objective.trust_region is not None:
             return None
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in self.parts.optimizer.param_groups for p in group["params"]}
         named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         left = [name for name, p in named.items() if id(p) not in held]
         strange = len(held - {id(p) for p in named.values()})
@@ -227,7 +195,7 @@ class SelfChecks:
         if "scores" in self.objective.needs and not hasattr(self.policy, "hf_model"):
             return None
         c = self.config
-        estimate = peak_memory(c, self.objective, self.sizes, self.policy, self.data, online=self.online)
+        estimate = peak_memory(self.parts)
         wanted = sum(size for name, size in estimate.items() if name not in ("weights", "reference"))  # those are there
         free = _free_memory(self.processes.device)
         if free is None or wanted <= free:
@@ -260,22 +228,20 @@ class SelfChecks:
         )
 
 
-def peak_memory(
-    config: Config, objective: Objective, sizes: BatchSizes, policy: Any, data: Any, *, online: bool
-) -> dict[str, int]:
+def peak_memory(parts: Parts) -> dict[str, int]:
     """Bytes of a step on the longest rows, by what they are for; see :func:`rlft.models.memory_estimate`."""
     from rlft.models import memory_estimate
 
-    examples = data.examples
+    config, sizes, examples = parts.config, parts.sizes, parts.train_data.examples
     prompt = max(len(e.prompt_ids) for e in examples)
     answer = max((len(c.ids) for e in examples for c in e.completions), default=0)
-    row = prompt + (config.max_completion_length if online else answer)
+    row = prompt + (config.max_completion_length if parts.online else answer)
     longest = sizes.micro_batch_rows * row
     if (budget := config.max_tokens_per_micro_batch) is not None:
         group = row * max(1, sizes.micro_batch_rows // sizes.micro_batch_groups)
-        least = group if objective.needs_groups else row  # what is never split
+        least = group if parts.objective.needs_groups else row  # what is never split
         longest = max(least, min(budget, group * sizes.groups_per_step))
-    return memory_estimate(policy, tokens=longest, gradient_checkpointing=config.gradient_checkpointing)
+    return memory_estimate(parts.policy, tokens=longest, gradient_checkpointing=config.gradient_checkpointing)
 
 
 def _padding_message(where: str, apart: str) -> str:

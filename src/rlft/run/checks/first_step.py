@@ -10,16 +10,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlft.config import Config
-from rlft.objective import Objective
 from rlft.run.checks.before import failed
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 from rlft.run.step.probes import exact
 from rlft.run.step.watchers import Watcher
 from rlft.types import Batch, LossOutput
@@ -38,32 +35,21 @@ class FirstStep(Watcher):
     goes on for the next.
 
     Args:
-        config: the run's settings.
-        objective: of the run; its weights do not matter here.
-        policy: unwrapped, before its first step.
-        optimizer: of the run.
-        processes: of the run.
-        journal: where it is said what passed.
-        online: whether answers are sampled.
-        temperature: divides the logits.
+        parts: of the run, before its first step.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        policy: Any,
-        optimizer: torch.optim.Optimizer,
-        *,
-        processes: Processes,
-        journal: Journal,
-        online: bool,
-        temperature: float,
-    ) -> None:
-        self.config, self.objective, self.policy, self.temperature = config, objective, policy, temperature
-        self.optimizer, self.processes, self.journal, self.spent = optimizer, processes, journal, 0.0
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.policy, self.optimizer = parts.config, parts.policy, parts.optimizer
+        config, processes = parts.config, parts.processes
+        self.processes, self.journal, self.temperature, self.spent = (
+            parts.processes,
+            parts.journal,
+            parts.temperature,
+            0.0,
+        )
+        self.objective = parts.objective  # its weights do not matter here
         self.whole = config.checks_itself("first_step")
-        self.ratio = config.checks_itself("on_policy") and online
+        self.ratio = config.checks_itself("on_policy") and parts.online
         started = time.perf_counter()
         # sharded weights and gradients are not whole on any process
         self.tensors = self.whole and not processes.sharded

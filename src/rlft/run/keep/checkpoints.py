@@ -19,15 +19,13 @@ from rlft import checkpoint
 from rlft._failpoint import instant, within
 from rlft._files import remove_tree
 from rlft._redact import redact
-from rlft.config import Config
 from rlft.errors import TrainingError
 from rlft.metrics import MetricSums
 from rlft.rollout import fold_seed
 from rlft.run.keep.export import Export
 from rlft.run.keep.record import data_facts
 from rlft.run.keep.resume import Resume
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 from rlft.run.step.source import Source
 from rlft.runlock import RunLock, RunLockError
 
@@ -62,17 +60,8 @@ class Checkpoints:
     """Owns the boundary that a stopped run is saved at. Every process takes part in what is written and loaded.
 
     Args:
-        config: the run's settings.
-        run_dir: its folder.
-        policy: unwrapped.
-        optimizer: its moments are kept by the names of the policy's weights.
-        data: training data as tokens.
-        made_of: what the run is made of.
-        processes: of the run.
-        journal: its metrics and the place in its log are kept.
+        parts: of the run.
         source: the place in the data, and what is left of a generation.
-        replay: stored answers, or None.
-        average: the moving average of the policy's weights, or None.
         counters: the owners of everything else, in one record.
         callbacks: of the run, as one owner.
         export: writes the model beside a checkpoint.
@@ -81,29 +70,25 @@ class Checkpoints:
 
     def __init__(
         self,
-        config: Config,
-        run_dir: Path,
+        parts: Parts,
         *,
-        policy: Any,
-        optimizer: torch.optim.Optimizer,
-        data: Any,
-        made_of: Mapping[str, Any],
-        processes: Processes,
-        journal: Journal,
         source: Source,
-        replay: Any,
-        average: Any,
         counters: Sequence[Stateful],
         callbacks: Stateful,
         export: Export,
         saved: Callable[[Path, bool], None],
     ) -> None:
-        self.config, self.run_dir, self.data, self.made_of = config, run_dir, data, made_of
-        self.policy, self.optimizer = policy, optimizer
-        self.processes, self.progress, self.journal = processes, processes.progress, journal
-        self.source, self.replay, self.average = source, replay, average
+        self.config, self.run_dir, self.data, self.made_of = (
+            parts.config,
+            parts.run_dir,
+            parts.train_data,
+            parts.made_of,
+        )
+        self.policy, self.optimizer = parts.policy, parts.optimizer
+        self.processes, self.progress, self.journal = parts.processes, parts.processes.progress, parts.journal
+        self.source, self.replay, self.average = source, parts.replay, parts.players.average
         self.counters, self.callbacks, self.export, self._saved = counters, callbacks, export, saved
-        self.resume_from = Resume(config, run_dir, data, made_of, processes, journal)
+        self.resume_from = Resume(parts)
         self._boundary: Snapshot | None = None  # None: the present state is one
 
     # -- saved --------------------------------------------------------------------------------------------------------------
@@ -294,7 +279,7 @@ class Checkpoints:
         if "callbacks" in found.records:
             self.callbacks.load_state_dict(found.records["callbacks"])
         if others:
-            self.resume_from.warn_of_others(found, place, replays=self.replay is not None)
+            self.resume_from.warn_of_others(found, place)
         # last: building anything above may draw random numbers
         if "rng" in found.own:
             checkpoint.set_rng_state(found.tensors["rng"], found.records["rng"])

@@ -6,16 +6,14 @@ import filecmp
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from rlft._failpoint import instant
 from rlft._files import disk_trouble, move, remove_tree, sync_dir, sync_file
-from rlft.config import Config
 from rlft.errors import TrainingError
 from rlft.run.measure.journal import quiet_transformers
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 
 __all__ = ["Export"]
 
@@ -24,26 +22,13 @@ class Export:
     """Writes the trained adapters, or the whole model, with the tokenizer. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        run_dir: its folder.
-        policy: unwrapped.
-        tokenizer: of the policy.
-        processes: of the run; the main one writes.
+        parts: of the run; the main process writes.
         save_model: the trainer's method, which a subclass may override.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        policy: Any,
-        tokenizer: Any,
-        *,
-        processes: Processes,
-        save_model: Callable[[Path], None],
-    ) -> None:
-        self.config, self.run_dir, self.policy, self.tokenizer = config, run_dir, policy, tokenizer
-        self.processes, self._save_model = processes, save_model
+    def __init__(self, parts: Parts, save_model: Callable[[Path], None]) -> None:
+        self.config, self.run_dir, self.processes = parts.config, parts.run_dir, parts.processes
+        self.policy, self.tokenizer, self._save_model = parts.policy, parts.tokenizer, save_model
 
     def save_model(self, folder: Path) -> None:
         """The model into any folder. Collective where weights are spread over processes."""

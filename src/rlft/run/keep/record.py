@@ -13,7 +13,6 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,10 @@ from torch import Tensor
 from rlft._files import disk_trouble, replace_file
 from rlft._redact import redact
 from rlft.checkpoint._tensorfile import tensor_bytes
-from rlft.config import Config
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, read_metrics
 from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 
 __all__ = ["RunFiles", "columns", "data_facts", "made_of", "sampled_hash", "versions", "weights"]
 
@@ -246,24 +243,25 @@ class RunFiles:
     """Writes ``config.json`` and ``summary.json``, and opens ``metrics.jsonl``.
 
     Args:
-        config: the run's settings.
-        run_dir: its folder.
-        processes: of the run; the main one writes.
-        made_of: see :func:`made_of`.
+        parts: of the run; the main process writes.
     """
 
-    def __init__(self, config: Config, run_dir: Path, processes: Processes, made_of: Mapping[str, Any]) -> None:
-        self.config, self.run_dir, self.processes, self.made_of = config, run_dir, processes, made_of
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.run_dir, self.made_of = parts.config, parts.run_dir, parts.made_of
+        self.processes, self.journal = parts.processes, parts.journal
 
-    def begin(self, journal: Journal, rows: Any, offset: int | None) -> None:
+    def begin(self, rows: Any, offset: int | None) -> None:
         """Open the journal's log, cut back to where the resumed checkpoint left it; trackers are started. Collective.
 
         Args:
-            journal: whose log it is.
             rows: what became of the rows of the data so far.
             offset: bytes of the log that belong to the run; None for a new one.
         """
-        settings, path, progress = redact(self.config.to_dict()), self.run_dir / "metrics.jsonl", journal.progress
+        settings, path, progress = (
+            redact(self.config.to_dict()),
+            self.run_dir / "metrics.jsonl",
+            self.processes.progress,
+        )
         with self.processes.together():
             try:
                 log = MetricsLog(path, enabled=self.processes.is_main)
@@ -277,7 +275,7 @@ class RunFiles:
                 self.write_summary(rows)
             plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
             self.processes.accelerator.init_trackers("rlft", config=plain)
-        journal.log = log
+        self.journal.log = log
         if offset is not None and path.exists():  # callbacks of every process read it
             progress.log_history = list(read_metrics(path))
 

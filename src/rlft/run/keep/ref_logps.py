@@ -25,10 +25,8 @@ from torch import Tensor
 from rlft._files import hash_file, make_dir, move, remove_file, replace_file
 from rlft.checkpoint._tensorfile import read_tensors, tensor_bytes, write_tensors
 from rlft.config import Config
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
-from rlft.run.step.batch_sizes import BatchSizes
 from rlft.run.step.collate import RefLogps
+from rlft.run.step.parts import Parts
 from rlft.types import Batch
 
 __all__ = ["RefLogpCache", "key", "ref_logps_dir"]
@@ -54,32 +52,15 @@ class RefLogpCache:
     """Reads or computes the log-probs of whole datasets. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        sizes: rows of one pass.
-        policy: unwrapped; holds the reference.
-        pad_id: of the tokenizer.
-        processes: of the run.
-        journal: takes the time, and says what is read or computed.
+        parts: of the run.
         forward: the trainer's forward pass, ``(batch, want) -> outputs``.
-        temperature: divides the logits.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        sizes: BatchSizes,
-        policy: Any,
-        pad_id: int | None,
-        *,
-        processes: Processes,
-        journal: Journal,
-        forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
-        temperature: float,
-    ) -> None:
-        self.config, self.policy, self.pad_id = config, policy, pad_id or 0
-        self.rows_at_once = max(1, sizes.micro_batch_rows)
-        self.processes, self.journal, self.forward, self.temperature = processes, journal, forward, temperature
-        self.folder = ref_logps_dir(config)
+    def __init__(self, parts: Parts, forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]]) -> None:
+        self.config, self.policy, self.pad_id = parts.config, parts.policy, parts.tokenizer.pad_token_id or 0
+        self.processes, self.journal, self.forward = parts.processes, parts.journal, forward
+        self.rows_at_once, self.temperature = max(1, parts.sizes.micro_batch_rows), parts.temperature
+        self.folder = ref_logps_dir(parts.config)
 
     def of(self, datasets: Mapping[str, Any]) -> RefLogps:
         """Read or compute the log-probs of named datasets; one that is None is left out. Collective."""

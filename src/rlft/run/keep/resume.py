@@ -12,8 +12,7 @@ from rlft import checkpoint
 from rlft._redact import redact
 from rlft.config import Config, ConfigError, digest_of
 from rlft.run.keep.record import data_facts
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 
 __all__ = ["Resume"]
 
@@ -22,25 +21,17 @@ class Resume:
     """Finds the checkpoint, and compares data, settings and parts with those it was written with.
 
     Args:
-        config: the run's settings.
-        run_dir: its folder.
-        data: training data as tokens.
-        made_of: what the run is made of, see :func:`rlft.run.keep.record.made_of`.
-        processes: of the run.
-        journal: where it is said what changed.
+        parts: of the run.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        data: Any,
-        made_of: Mapping[str, Any],
-        processes: Processes,
-        journal: Journal,
-    ) -> None:
-        self.config, self.run_dir, self.data, self.made_of = config, run_dir, data, made_of
-        self.processes, self.journal = processes, journal
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.run_dir, self.data, self.made_of = (
+            parts.config,
+            parts.run_dir,
+            parts.train_data,
+            parts.made_of,
+        )
+        self.processes, self.journal, self.replays = parts.processes, parts.journal, parts.replay is not None
 
     def wish(self, given: str | bool | None) -> str | Path:
         """``auto``, ``never`` or a checkpoint's folder."""
@@ -101,7 +92,7 @@ class Resume:
             return found.records["source"]
         return checkpoint.load(found.path, only=["source"]).records["source"]
 
-    def warn_of_others(self, found: checkpoint.Checkpoint, source: Mapping[str, Any], *, replays: bool) -> None:
+    def warn_of_others(self, found: checkpoint.Checkpoint, source: Mapping[str, Any]) -> None:
         """Say what another number of processes changes."""
         before, now = found.manifest.world_size, self.processes.world_size
         said = [
@@ -114,7 +105,7 @@ class Resume:
                 f"what was still to be trained on of the last generation (steps: {source['queued']}) is left out: a new one is "
                 f"sampled"
             )
-        if replays:
+        if self.replays:
             said.append(
                 f"the answers that processes {now} to {before - 1} kept for replay are left out"
                 if now < before

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from rlft.metrics import PHASES
+from rlft.models.device_limits import Device, ModelCost, device_named, model_cost
 from rlft.models.layout import LayoutUsed
-from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
 from rlft.run.processes.processes import Processes
 
 __all__ = ["PHASES", "Meter", "byte_size", "short_number"]
@@ -69,7 +69,7 @@ class Meter:
             return None
         self._cost = model_cost(policy, mixed_precision=mixed_precision)
         if self._peak is None:
-            return f"what a {name!r} can do at most is not in the table (rlft.run.measure.device_limits.DEVICES)"
+            return f"what a {name!r} can do at most is not in the table (rlft.models.device_limits.DEVICES)"
         if self._cost is None:
             return "how many operations this model takes is not known (experts, or quantised weights)"
         return None

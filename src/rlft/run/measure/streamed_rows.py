@@ -12,7 +12,6 @@ import torch
 
 from rlft.data.report import DataReport
 from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
 
 __all__ = ["StreamedRows"]
 
@@ -22,12 +21,11 @@ class StreamedRows:
 
     Args:
         stream: of this process; its ``report`` counts as it reads.
-        processes: of the run.
-        journal: where skipped rows are said.
+        journal: of the run, where skipped rows are said.
     """
 
-    def __init__(self, stream: Any, processes: Processes, journal: Journal) -> None:
-        self.stream, self.processes, self.journal = stream, processes, journal
+    def __init__(self, stream: Any, journal: Journal) -> None:
+        self.stream, self.processes, self.journal = stream, journal.processes, journal
 
     def metrics(self) -> dict[str, float]:
         """``data/rows`` and ``data/skipped_rows`` since the run began. Collective."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.step import pairing
+from rlft.rules.comparisons import groups_per_prompt, wants_pairs
 
 logger = logging.getLogger("rlft")
 
-__all__ = ["BatchSizes", "batch_sizes", "steps_per_generation"]
+__all__ = ["BatchSizes", "batch_sizes"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class BatchSizes:
     steps_per_epoch: int | None
 
 
-def steps_per_generation(config: Config) -> int:
-    """Optimizer steps that one pass over a generation feeds."""
-    return (config.steps_per_generation or config.gradient_accumulation_steps) // config.gradient_accumulation_steps
-
-
 def batch_sizes(
     config: Config, objective: Objective, examples: int | None, rows_per_example: int, world: int, *, online: bool
 ) -> BatchSizes:
@@ -50,13 +45,13 @@ def batch_sizes(
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if online:
         n = config.num_generations
-        steps = steps_per_generation(config)
+        steps = config.updates_per_pass
         draws = micro * steps * accumulation // n
         updates = steps * config.num_iterations
         groups, rows, micro_groups = micro * accumulation // n, micro, max(1, micro // n)
-        if pairing.wants_pairs(objective):
+        if wants_pairs(objective):
             # a pair is two rows; losses that compare all pairs of a step take them in one micro-batch
-            every = groups * pairing.groups_per_prompt(config, objective)
+            every = groups * groups_per_prompt(config, objective)
             micro_groups = every if objective.couples_rows else max(1, micro // 2)
     else:
         draws = groups = micro * accumulation

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlft.config import Config
 from rlft.objective import Objective
+from rlft.run.step.parts import Parts
 from rlft.types import Batch
 
 __all__ = ["Collator", "RefLogps", "with_columns"]
@@ -48,19 +48,13 @@ class RefLogps:
 class Collator:
     """Makes batches of examples with answers, on the device.
 
-    Args:
-        config: the run's settings.
-        objective: names the numeric columns that it reads.
-        pad_id: of the tokenizer.
-        device: that the run computes on.
-
     Attributes:
         ref_logps: what is known of the reference before the first step; None without ``precompute_ref_log_probs``.
     """
 
-    def __init__(self, config: Config, objective: Objective, pad_id: int, device: torch.device) -> None:
-        self.objective, self.pad_id, self.device = objective, pad_id, device
-        self.pair_rewards = tuple(config.pair_rewards) if config.pair_rewards else None
+    def __init__(self, parts: Parts) -> None:
+        self.objective, self.device, pair_rewards = parts.objective, parts.processes.device, parts.config.pair_rewards
+        self.pad_id, self.pair_rewards = parts.tokenizer.pad_token_id, tuple(pair_rewards) if pair_rewards else None
         self.ref_logps: RefLogps | None = None
 
     def __call__(self, examples: Sequence[Any]) -> Batch:

@@ -9,80 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlft.config import Config, ConfigError
-from rlft.objective import Objective
 from rlft.rewards import RewardError, RewardOutput
 from rlft.rewards.call import When
-from rlft.rollout import Rollout, Sampler, fold_seed
+from rlft.rollout import Rollout, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.rules.comparisons import plays, wants_pairs
 from rlft.run.step import answers
 from rlft.run.step.generation_counts import GenerationCounts
-from rlft.run.step.pairing import plays, wants_pairs
+from rlft.run.step.parts import Parts
 from rlft.types import Batch
 
 if TYPE_CHECKING:
-    from rlft.models import MovingAverage
+    pass
 
-__all__ = ["Comparisons", "Players", "alive", "compares", "players"]
-
-
-@dataclass(frozen=True)
-class Players:
-    """Samplers beside the policy's own.
-
-    Attributes:
-        opponent: draws the answers that those of the policy meet; for pairs from a mixture, both answers.
-        average: the moving average of the policy's weights that the opponent has, or None.
-        baseline: the reference, which evaluation with a judge compares with, or None.
-    """
-
-    opponent: Sampler | None = None
-    average: MovingAverage | None = None
-    baseline: Sampler | None = None
-
-
-def players(config: Config, objective: Objective, policy: Any, tokenizer: Any, *, judged: bool) -> Players:
-    """The samplers that the settings ask for.
-
-    Args:
-        config: settings, checked.
-        objective: of the run.
-        policy: on its device.
-        tokenizer: of the policy.
-        judged: whether a judge evaluates.
-
-    Raises:
-        ConfigError: for a model that cannot be mixed with its reference, or an evaluation without one.
-    """
-    from rlft.models import MovingAverage
-    from rlft.rollout import AverageSampler, MixtureSampler, make_sampler
-
-    opponent = average = baseline = None
-    try:
-        if config.mixture_coef is not None:
-            opponent = MixtureSampler(policy, tokenizer, config.mixture_coef)
-        elif config.opponent_ema_decay is not None:
-            average = MovingAverage(policy.model, config.opponent_ema_decay)
-            opponent = AverageSampler(make_sampler("auto", policy.hf_model, tokenizer), average)
-        if judged:
-            if policy.reference_kind == "none":
-                raise ConfigError(
-                    f"a judge evaluates answers against the reference's, and objective {objective.name!r} has none; drop the "
-                    f"evaluation data, or use an objective with a reference"
-                )
-            baseline = MixtureSampler(policy, tokenizer, 1.0)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return Players(opponent, average, baseline)
+__all__ = ["Comparisons", "alive", "compares"]
 
 
 def alive(batch: Batch) -> Batch:
@@ -95,41 +41,25 @@ def alive(batch: Batch) -> Batch:
     return batch.select(rows.nonzero()[:, 0])
 
 
-def compares(config: Config, objective: Objective, *, judged: bool) -> bool:
+def compares(parts: Parts) -> bool:
     """Whether a run learns from comparisons, or leaves answers out by their reward."""
-    return judged or wants_pairs(objective) or plays(objective) or config.keep != "all"
+    learns = wants_pairs(parts.objective) or plays(parts.objective)
+    return learns or parts.judge is not None or parts.config.keep != "all"
 
 
 class Comparisons:
     """Makes of sampled answers what the objective trains on. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        objective: pairs, or win rates against an opponent, or answers that are imitated.
-        tokenizer: of the policy.
-        judge: a reward function that also takes ``opponents``, or None: then rewards decide.
-        players: samplers beside the policy's own.
-        processes: of the run.
-        journal: takes the metrics of the comparisons.
+        parts: of the run; the judge is a reward function that also takes ``opponents``, or None: then rewards decide.
         score: the trainer's stage that scores answers.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        tokenizer: Any,
-        *,
-        judge: Any,
-        players: Players,
-        processes: Processes,
-        journal: Journal,
-        score: Callable[..., Any],
-    ) -> None:
-        self.config, self.tokenizer, self.judge = config, tokenizer, judge
-        self.opponent, self.baseline = players.opponent, players.baseline
-        self.processes, self.journal, self.score = processes, journal, score
-        self.pairs, self.plays = wants_pairs(objective), plays(objective)
+    def __init__(self, parts: Parts, score: Callable[..., Any]) -> None:
+        self.config, self.tokenizer, self.judge, self.score = parts.config, parts.tokenizer, parts.judge, score
+        self.opponent, self.baseline = parts.players.opponent, parts.players.baseline
+        self.processes, self.journal = parts.processes, parts.journal
+        self.pairs, self.plays = wants_pairs(parts.objective), plays(parts.objective)
 
     def complete(
         self, examples: Sequence[Any], sampled: Rollout, batch: Batch, *, seed: int, counts: GenerationCounts

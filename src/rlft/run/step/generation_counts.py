@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.config import Config
 from rlft.errors import TrainingError
-from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 from rlft.run.step.watchers import Watcher
 
 __all__ = ["EQUAL_STEPS", "FLIP_SHARE", "FlipWatch", "GenerationCounts"]
@@ -54,24 +51,16 @@ class _Counts:
 class GenerationCounts:
     """Owns the counts of the present generation, and of generations in a row that taught nothing.
 
-    Args:
-        config: the run's settings.
-        objective: whether equal rewards teach something.
-        processes: of the run.
-        journal: where what is odd is said.
-        judged: whether a judge scores.
-
     Attributes:
         equal_steps: generations in a row whose groups all earned equal rewards.
         unscored_steps: generations in a row without any score.
         all_masked: whether no answer of the last generation has a token to train on.
     """
 
-    def __init__(
-        self, config: Config, objective: Objective, processes: Processes, journal: Journal, *, judged: bool
-    ) -> None:
-        self.config, self.processes, self.journal, self.judged = config, processes, journal, judged
-        self.compares = objective.min_group >= 2  # without a baseline from siblings, equal rewards still teach
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.processes, self.journal = parts.config, parts.processes, parts.journal
+        self.judged = parts.judge is not None
+        self.compares = parts.objective.min_group >= 2  # without a baseline from siblings, equal rewards still teach
         self.equal_steps = self.unscored_steps = 0
         self.all_masked = False
         self._now = _Counts()
@@ -186,15 +175,10 @@ class GenerationCounts:
 
 
 class FlipWatch(Watcher):
-    """Says once when the likelihood-ratio term lowers the probability of many good answers.
+    """Says once when the likelihood-ratio term of an objective lowers the probability of many good answers."""
 
-    Args:
-        objective: with such a term.
-        journal: where it is said.
-    """
-
-    def __init__(self, objective: Objective, journal: Journal) -> None:
-        self.name, self.journal, self.beta = objective.name, journal, objective.beta
+    def __init__(self, parts: Parts) -> None:
+        self.objective, self.journal = parts.objective, parts.journal
 
     def logged(self, values: Mapping[str, float]) -> None:
         share = values.get("agro/flip_fraction", 0.0)
@@ -203,6 +187,6 @@ class FlipWatch(Watcher):
             self.journal.warn_once(
                 "flips",
                 f"step {self.journal.progress.step}: {share:.0%} of the answers have A > 2 beta (agro/flip_fraction, more than "
-                f"{FLIP_SHARE:.0%}); there the likelihood-ratio term of {self.name!r} outweighs the rest and lowers the "
-                f"probability of good answers. Set lr_coef: 0 (or agro_off_policy), or raise beta (now {self.beta:g})",
+                f"{FLIP_SHARE:.0%}); there the likelihood-ratio term of {self.objective.name!r} outweighs the rest and lowers the "
+                f"probability of good answers. Set lr_coef: 0 (or agro_off_policy), or raise beta (now {self.objective.beta:g})",
             )

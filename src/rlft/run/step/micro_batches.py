@@ -4,47 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlft._terms import BEHAVIOUR, MOMENTS, Term
-from rlft.config import Config
 from rlft.errors import TrainingError
-from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes, on_cpu
-from rlft.run.step.batch_sizes import BatchSizes
+from rlft.run.processes.processes import on_cpu
+from rlft.run.step.parts import Parts
 from rlft.types import Batch
 
 __all__ = ["MicroBatches", "blank", "by_rows", "by_tokens"]
 
 
 class MicroBatches:
-    """Cuts the batch of a step, and says what its passes cost. It holds nothing of its own.
+    """Cuts the batch of a step, and says what its passes cost. It holds nothing of its own."""
 
-    Args:
-        config: the run's settings.
-        sizes: rows and groups of a micro-batch.
-        objective: which groups stay whole, and which rows teach nothing; its weights do not matter here.
-        processes: of the run.
-        journal: takes in what passes cost, and rows that were left out.
-        online: whether answers are sampled.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        sizes: BatchSizes,
-        objective: Objective,
-        processes: Processes,
-        journal: Journal,
-        *,
-        online: bool,
-    ) -> None:
-        self.sizes, self.objective, self.processes, self.journal = sizes, objective, processes, journal
-        self.budget, self.online = config.max_tokens_per_micro_batch, online
+    def __init__(self, parts: Parts) -> None:
+        self.sizes, self.online, self.policy = parts.sizes, parts.online, parts.policy
+        self.processes, self.journal, self.model = parts.processes, parts.journal, parts.model
+        #: Which groups stay whole, and which rows teach nothing; its weights do not matter here.
+        self.objective = objective = parts.objective
+        config, self.budget = parts.config, parts.config.max_tokens_per_micro_batch
         #: Whether rows with advantage 0 are left out: nothing in the loss but the advantage times something. The KL of a trust
         #: region is over all rows.
         self.drops_zero_advantages = (
@@ -85,13 +66,13 @@ class MicroBatches:
             )
         return batches + [blank(batches[0])] * (count - len(batches))
 
-    def one_by_one(self, micro_batches: list[Batch], model: Any) -> Iterator[Batch]:
+    def one_by_one(self, micro_batches: list[Batch]) -> Iterator[Batch]:
         """Each micro-batch of a step; gradients are exchanged in the last one's backward pass. Looks for signals between."""
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             if index:
                 self.processes.poll(boundary=on_cpu())
-            with contextlib.nullcontext() if index == last else self.processes.accelerator.no_sync(model):
+            with contextlib.nullcontext() if index == last else self.processes.accelerator.no_sync(self.model):
                 yield batch
 
     # -- rows that teach nothing ------------------------------------------------------------------------------------------
@@ -155,9 +136,9 @@ class MicroBatches:
         return row.replace(old_logps=None) if unknown else row
 
     # -- what passes cost -------------------------------------------------------------------------------------------------
-    def note_layout(self, policy: Any, batch: Batch) -> None:
+    def note_layout(self, batch: Batch) -> None:
         """Metrics of the forward pass that just ran: how much of it was padding, and what shared prompts saved."""
-        used, needs = policy.layout_used, self.objective.needs
+        used, needs = self.policy.layout_used, self.objective.needs
         inside = self.objective.needs_reference and batch.ref_states is None
         inside = inside and (batch.ref_logps is None or bool(needs & {"token_kl", *MOMENTS}))
         behaviour = bool(needs & BEHAVIOUR) and batch.behaviour_states is None and self.sizes.updates_per_generation > 1

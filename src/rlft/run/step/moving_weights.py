@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlft.config import Config
-from rlft.run.progress import Progress
+from rlft.run.step.parts import Parts
 from rlft.run.step.source import OnlineSource, Source
 from rlft.run.step.watchers import Watcher
 
@@ -17,15 +16,13 @@ class ReferenceFollows(Watcher):
     """Mixes the policy into the reference every ``ref_model_sync_steps`` steps (``sync_ref_model``).
 
     Args:
-        config: the run's settings.
-        policy: holds the reference.
+        parts: of the run.
         source: what is left of a generation is compared with the reference as it is after the move.
-        progress: of the run.
     """
 
-    def __init__(self, config: Config, policy: Any, source: Source, progress: Progress) -> None:
-        self.every, self.alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
-        self.policy, self.source, self.progress = policy, source, progress
+    def __init__(self, parts: Parts, source: Source) -> None:
+        self.every, self.alpha = parts.config.ref_model_sync_steps, parts.config.ref_model_mixup_alpha
+        self.policy, self.progress, self.source = parts.policy, parts.processes.progress, source
 
     def after_update(self, *, moved: bool) -> Mapping[str, float]:
         if (self.progress.step + 1) % self.every == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +10,12 @@ from torch.nn.functional import pad
 
 from rlft import reduce
 from rlft._terms import BEHAVIOUR, MOMENTS, REFERENCE
-from rlft.config import Config
 from rlft.errors import TrainingError
 from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
-from rlft.run.step.batch_sizes import BatchSizes
-from rlft.run.step.kl_control import REFERENCE_KL, KLControl
+from rlft.rules.kl_weight import REFERENCE_KL
+from rlft.run.step.kl_control import KLControl
 from rlft.run.step.micro_batches import MicroBatches
+from rlft.run.step.parts import Parts
 from rlft.run.step.sampler_trust import SamplerTrust
 from rlft.types import Batch
 
@@ -32,12 +29,8 @@ class Passes:
     """Fills in old and reference log-probs, values and baselines. It holds nothing of its own.
 
     Args:
-        config: the run's settings.
-        sizes: how many updates a generation feeds.
-        policy: unwrapped.
+        parts: of the run.
         micro_batches: how many rows a pass takes.
-        processes: of the run.
-        journal: takes time and metrics.
         forward: the trainer's forward pass, ``(batch, want) -> outputs``.
         trust: of the sampler of an online run, else None.
         kl_control: takes in the KL that is taken off the rewards, or None.
@@ -45,23 +38,23 @@ class Passes:
 
     def __init__(
         self,
-        config: Config,
-        sizes: BatchSizes,
-        policy: Any,
-        *,
+        parts: Parts,
         micro_batches: MicroBatches,
-        processes: Processes,
-        journal: Journal,
         forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
+        *,
         trust: SamplerTrust | None,
         kl_control: KLControl | None,
     ) -> None:
-        self.policy, self.micro_batches, self.processes, self.journal = policy, micro_batches, processes, journal
-        self.forward, self.trust, self.kl_control = forward, trust, kl_control
-        self.online = trust is not None
+        self.policy, self.processes, self.journal, self.online = (
+            parts.policy,
+            parts.processes,
+            parts.journal,
+            parts.online,
+        )
+        self.micro_batches, self.forward, self.trust, self.kl_control = micro_batches, forward, trust, kl_control
         #: Whether a generation is trained on after the policy that sampled it has moved, and whether more than once.
-        self.reused = sizes.updates_per_generation > 1
-        self.repeated = self.online and config.num_iterations > 1
+        self.reused = parts.sizes.updates_per_generation > 1
+        self.repeated = parts.online and parts.config.num_iterations > 1
 
     def prepared(self, batch: Batch, objective: Objective) -> Batch:
         """What must be known before the first forward pass: old and reference log-probs, values, advantages.

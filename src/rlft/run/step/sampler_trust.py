@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.config import Config
 from rlft.rollout import Rollout, SamplingParams
 from rlft.rollout.draw import filter_logits
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
 from rlft.run.step import probes
 from rlft.run.step.micro_batches import MicroBatches
+from rlft.run.step.parts import Parts
 from rlft.run.step.watchers import Watcher
 from rlft.types import Batch
 
@@ -36,16 +34,6 @@ EXACT, ROUGH = 1e-3, 0.1
 class SamplerTrust(Watcher):
     """Owns what is known of the sampler: a fault that stops the run, and whether its log-probs are the policy's.
 
-    Args:
-        config: the run's settings.
-        sampler: of the run.
-        policy: unwrapped, so that no other process has to take part.
-        pad_id: of the tokenizer.
-        micro_batches: how many rows a pass takes.
-        processes: of the run.
-        journal: takes ``sampling/sampling_logp_difference/mean`` and ``/max``.
-        draws_others: whether answers come from elsewhere too, from a replay buffer or a mixture.
-
     Attributes:
         fault: what is wrong with the last generation; None where nothing is.
         agrees: the sampler's log-probs with the policy's; None: not yet compared.
@@ -55,20 +43,13 @@ class SamplerTrust(Watcher):
         bound: the mean drift at which a run stops, nats per token.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        sampler: Any,
-        policy: Any,
-        pad_id: int | None,
-        micro_batches: MicroBatches,
-        processes: Processes,
-        journal: Journal,
-        *,
-        draws_others: bool,
-    ) -> None:
-        self.config, self.sampler, self.policy, self.pad_id = config, sampler, policy, pad_id
-        self.micro_batches, self.processes, self.journal = micro_batches, processes, journal
+    def __init__(self, parts: Parts, micro_batches: MicroBatches) -> None:
+        self.config, self.sampler, self.policy = config, sampler, policy = parts.config, parts.sampler, parts.policy
+        self.pad_id, self.micro_batches = parts.tokenizer.pad_token_id, micro_batches
+        self.processes, self.journal = parts.processes, parts.journal
+        draws_others = (
+            parts.replay is not None or parts.players.opponent is not None
+        )  # whose answers may be of a mixture
         self.fault: str | None = None
         self.agrees: bool | None = None
         live = bool(getattr(sampler, "reads_live_weights", False)) and config.sampler_correction is None

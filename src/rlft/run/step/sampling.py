@@ -10,15 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlft._failpoint import instant
-from rlft.config import Config
-from rlft.objective import Objective
 from rlft.rollout import Rollout
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
 from rlft.run.step import answers
 from rlft.run.step.collate import with_columns
 from rlft.run.step.comparisons import Comparisons
 from rlft.run.step.generation_counts import GenerationCounts
+from rlft.run.step.parts import Parts
 from rlft.run.step.sampler_trust import SamplerTrust
 from rlft.run.step.step_errors import StepErrors
 from rlft.types import Batch
@@ -30,16 +27,8 @@ class Sampling:
     """Owns the sampler, the rewards and the replay buffer of an online run.
 
     Args:
-        config: the run's settings.
-        objective: which columns and log-probs its batches hold.
-        policy: for the precision of its log-probs.
-        tokenizer: of the policy.
-        sampler: draws answers.
-        rewards: a :class:`rlft.rewards.RewardSet`, or None where a judge decides.
-        replay: stored answers that are mixed in, or None.
+        parts: of the run.
         comparisons: pairs, win rates and kept answers, or None where a batch is trained on as it was sampled.
-        processes: of the run.
-        journal: takes the metrics of the samples.
         errors: what goes wrong, in words.
         trust: looks at what the sampler gave.
         counts: of each generation.
@@ -48,30 +37,23 @@ class Sampling:
 
     def __init__(
         self,
-        config: Config,
-        objective: Objective,
-        policy: Any,
-        tokenizer: Any,
+        parts: Parts,
         *,
-        sampler: Any,
-        rewards: Any,
-        replay: Any,
         comparisons: Comparisons | None,
-        processes: Processes,
-        journal: Journal,
         errors: StepErrors,
         trust: SamplerTrust,
         counts: GenerationCounts,
         score: Callable[..., Any],
     ) -> None:
-        self.config, self.objective, self.tokenizer = config, objective, tokenizer
-        self.sampler, self.rewards, self.replay, self.comparisons = sampler, rewards, replay, comparisons
-        self.processes, self.journal, self.errors = processes, journal, errors
+        self.config, self.objective, self.tokenizer = parts.config, parts.objective, parts.tokenizer
+        self.sampler, self.rewards, self.replay = parts.sampler, parts.rewards, parts.replay
+        self.comparisons, config = comparisons, parts.config
+        self.processes, self.journal, self.errors = parts.processes, parts.journal, errors
         self.trust, self.counts, self._score = trust, counts, score
         self.params = answers.sampling_params(config)
         self.greedy_params = answers.sampling_params(config, greedy=True)
         self._training = True
-        self._precision = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
+        self._precision = torch.float64 if next(parts.policy.parameters()).dtype == torch.float64 else torch.float32
         # both answers of a pair come from the mixture where there is one; one that meets an opponent, from the policy
         self._mixture = comparisons.opponent if comparisons is not None and comparisons.pairs else None
 

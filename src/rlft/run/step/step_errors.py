@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from rlft.config import Config
 from rlft.errors import TrainingError, out_of_memory
-from rlft.run.progress import Progress
-from rlft.run.step.batch_sizes import BatchSizes
+from rlft.run.step.parts import Parts
 
 __all__ = ["BadBatchError", "Stage", "StepErrors"]
 
@@ -44,28 +40,11 @@ class _Advice:
 
 
 class StepErrors:
-    """Turns errors of a step into words; it holds nothing of its own.
+    """Turns errors of a step into words; it holds nothing of its own."""
 
-    Args:
-        config: the settings that the advice names.
-        sizes: how large a generation is.
-        progress: the step of the message.
-        optimizer: whose gradient is dropped.
-        sampler: of an online run, or None.
-        device: that the run computes on.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        sizes: BatchSizes,
-        progress: Progress,
-        optimizer: torch.optim.Optimizer,
-        sampler: Any,
-        device: torch.device,
-    ) -> None:
-        self.config, self.sizes, self.progress = config, sizes, progress
-        self.optimizer, self.sampler, self.device = optimizer, sampler, device
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.sizes, self.progress = parts.config, parts.sizes, parts.processes.progress
+        self.optimizer, self.sampler, self.device = parts.optimizer, parts.sampler, parts.processes.device
 
     @contextlib.contextmanager
     def explained(self, stage: Stage = "step") -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from rlft import trust_region
 from rlft.config import ConfigError
 from rlft.models import fisher
 from rlft.objective import Objective
-from rlft.run.measure.journal import Journal
-from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 from rlft.types import Batch
 
 __all__ = ["TrustRegion"]
@@ -26,30 +24,20 @@ class TrustRegion:
     has no place in a checkpoint.
 
     Args:
-        objective: has a trust region.
-        policy: unwrapped.
-        processes: of the run.
-        journal: takes the metrics of the step.
+        parts: of a run whose objective has a trust region.
         forward: the trainer's forward pass, ``(batch, want) -> outputs``.
-        temperature: divides the logits.
-        max_grad_norm: of the critic's gradient.
 
     Raises:
         ConfigError: for a policy that cannot be differentiated twice, or weights that are sharded.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        policy: Any,
-        *,
-        processes: Processes,
-        journal: Journal,
-        forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
-        temperature: float,
-        max_grad_norm: float | None,
-    ) -> None:
-        region, name = objective.trust_region, objective.name
+    def __init__(self, parts: Parts, forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]]) -> None:
+        region, name, policy, processes = (
+            parts.objective.trust_region,
+            parts.objective.name,
+            parts.policy,
+            parts.processes,
+        )
         assert region is not None
         if processes.sharded:
             raise ConfigError(
@@ -58,8 +46,8 @@ class TrustRegion:
             )
         if why := fisher.why_not(policy):
             raise ConfigError(f"objective {name!r} cannot take its step: {why}")
-        self.policy, self.region, self.processes, self.journal = policy, region, processes, journal
-        self.forward, self.temperature, self.max_grad_norm = forward, temperature, max_grad_norm
+        self.policy, self.region, self.processes, self.journal = policy, region, processes, parts.journal
+        self.forward, self.temperature, self.max_grad_norm = forward, parts.temperature, parts.config.max_grad_norm
         critic = policy.critic
         self.of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         others = {id(p) for p in self.of_critic}

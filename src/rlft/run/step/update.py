@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rlft._failpoint import instant
-from rlft.config import Config
 from rlft.errors import TrainingError
-from rlft.run.measure.journal import Journal
 from rlft.run.processes.processes import Processes
+from rlft.run.step.parts import Parts
 from rlft.run.step.step_errors import StepErrors
 from rlft.run.step.trust_region import TrustRegion
 from rlft.schedule import learning_rate
@@ -34,35 +33,19 @@ class Update:
     """Owns the optimizer, and how many steps were left out because they were not finite.
 
     Args:
-        config: the run's settings.
-        model: as accelerate wrapped it.
-        optimizer: holds what trains.
-        processes: of the run.
-        journal: takes rows of steps that are not finite.
+        parts: of the run.
         errors: what goes wrong, in words.
         trust_region: moves the policy in place of the optimizer, or None.
-        own_schedule: whether the learning rate follows the settings; the caller's optimizer has its own.
 
     Attributes:
         nonfinite_steps: steps that were left out, over the whole run.
         taken_back: whether the last step was, because it spoilt a weight.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        processes: Processes,
-        journal: Journal,
-        errors: StepErrors,
-        trust_region: TrustRegion | None,
-        own_schedule: bool,
-    ) -> None:
-        self.config, self.model, self.optimizer = config, model, optimizer
-        self.processes, self.progress, self.journal, self.errors = processes, processes.progress, journal, errors
-        self.trust_region, self.own_schedule = trust_region, own_schedule
+    def __init__(self, parts: Parts, errors: StepErrors, trust_region: TrustRegion | None) -> None:
+        self.config, self.model, self.optimizer = parts.config, parts.model, parts.optimizer
+        self.processes, self.progress, self.journal = parts.processes, parts.processes.progress, parts.journal
+        self.errors, self.trust_region, self.own_schedule = errors, trust_region, parts.own_schedule
         self.nonfinite_steps = 0
         self.taken_back = False
 

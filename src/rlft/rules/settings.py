@@ -8,11 +8,9 @@ from rlft import losses
 from rlft._terms import BEHAVIOUR
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.setup.comparison_settings import check_comparisons
-from rlft.run.step.batch_sizes import steps_per_generation
-from rlft.run.step.correction import check_correction
-from rlft.run.step.kl_control import check_kl_controller
-from rlft.run.step.pairing import learns_from_samples, wants_pairs
+from rlft.rules.comparisons import check_comparisons, learns_from_samples, wants_pairs
+from rlft.rules.correction import check_correction
+from rlft.rules.kl_weight import check_kl_controller
 
 __all__ = ["check_on_policy", "check_settings"]
 
@@ -100,32 +98,40 @@ def check_settings(
         )
     if objective.trust_region is not None:
         _check_trust_region(config, objective, online=online)
-    if online:
-        n, micro = config.num_generations, config.per_device_train_batch_size
-        rows = micro * config.gradient_accumulation_steps
-        if n < objective.min_group:
-            raise ConfigError(
-                f"objective {objective.name!r} compares answers of one prompt; "
-                f"set num_generations >= {objective.min_group}, got {n}"
-            )
-        if rows % n:
-            raise ConfigError(
-                f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
-                f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
-            )
-        if objective.needs_groups and micro % n and not wants_pairs(objective):
-            raise ConfigError(
-                f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
-                f"a multiple of num_generations={n}; raise it, or lower num_generations"
-            )
-        check_on_policy(config, objective)
-        check_kl_controller(config, objective)
-        check_correction(config, objective)
-    elif objective.kl == "reward" or objective.advantage == "gae":
+    (_check_samples if online else _check_data_alone)(config, objective)
+
+
+def _check_samples(config: Config, objective: Objective) -> None:
+    """What the settings make of sampled answers: groups, their policy, controllers and corrections."""
+    n, micro = config.num_generations, config.per_device_train_batch_size
+    rows = micro * config.gradient_accumulation_steps
+    if n < objective.min_group:
+        raise ConfigError(
+            f"objective {objective.name!r} compares answers of one prompt; "
+            f"set num_generations >= {objective.min_group}, got {n}"
+        )
+    if rows % n:
+        raise ConfigError(
+            f"per_device_train_batch_size x gradient_accumulation_steps = {micro} x {config.gradient_accumulation_steps} = "
+            f"{rows} completions cannot form groups of num_generations={n}; make the product a multiple of {n}"
+        )
+    if objective.needs_groups and micro % n and not wants_pairs(objective):
+        raise ConfigError(
+            f"objective {objective.name!r} needs whole groups in a micro-batch: per_device_train_batch_size={micro} must be "
+            f"a multiple of num_generations={n}; raise it, or lower num_generations"
+        )
+    check_on_policy(config, objective)
+    check_kl_controller(config, objective)
+    check_correction(config, objective)
+
+
+def _check_data_alone(config: Config, objective: Objective) -> None:
+    """What an objective cannot learn from answers that are given."""
+    if objective.kl == "reward" or objective.advantage == "gae":
         raise ConfigError(
             f"objective {objective.name!r} needs samples of the policy itself; give `rewards` to train online"
         )
-    elif objective.on_policy_only or BEHAVIOUR & objective.needs:
+    if objective.on_policy_only or BEHAVIOUR & objective.needs:
         why = "is biased for" if objective.on_policy_only else "needs the next-token probabilities of the policy behind"
         raise ConfigError(
             f"objective {objective.name!r} {why} answers that the current policy did not draw, and data hold such answers; use "
@@ -186,10 +192,9 @@ def _check_trust_region(config: Config, objective: Objective, *, online: bool) -
 
 def check_on_policy(config: Config, objective: Objective) -> None:
     """Estimators that are biased for samples of another distribution are refused, naming the unbiased one."""
-    steps = steps_per_generation(config)
     foreign = {
         "num_iterations": config.num_iterations > 1,
-        "steps_per_generation": steps > 1,
+        "steps_per_generation": config.updates_per_pass > 1,
         "top_p": config.top_p < 1,
         "top_k": config.top_k > 0,
         "min_p": config.min_p > 0,

@@ -12,8 +12,9 @@ import torch
 
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
+from rlft.rules import check_settings
 from rlft.run.keep import record
-from rlft.run.measure.journal import quiet_transformers
+from rlft.run.measure.journal import Journal, quiet_transformers
 from rlft.run.processes.agreement import refuse_other_runs
 from rlft.run.processes.launch import accelerator_for, refuse_online_launcher
 from rlft.run.processes.processes import Processes
@@ -29,11 +30,12 @@ from rlft.run.setup.data import (
     tokenizer_for,
 )
 from rlft.run.setup.models import adamw, check_trust, judge_for, policy_for, policy_model, rewards_for
-from rlft.run.setup.settings import check_settings
-from rlft.run.step.batch_sizes import BatchSizes, batch_sizes
-from rlft.run.step.comparisons import Players, players
+from rlft.run.step.batch_sizes import batch_sizes
+from rlft.run.step.correction import corrected_for
+from rlft.run.step.parts import Parts
+from rlft.run.step.players import players
 
-__all__ = ["Given", "Parts", "build"]
+__all__ = ["Given", "build"]
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,6 @@ class Given:
     ref_model: Any = None
     sampler: Any = None
     optimizer: torch.optim.Optimizer | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; nothing of it is replaced while the run goes on."""
-
-    processes: Processes
-    progress: Progress
-    tokenizer: Any
-    policy: Any
-    model: Any
-    optimizer: torch.optim.Optimizer
-    train_data: Any
-    eval_data: Any
-    rewards: Any
-    judge: Any
-    players: Players
-    sampler: Any
-    replay: Any
-    sizes: BatchSizes
-    made_of: dict[str, Any]
-    run_dir: Path
-
-    @property
-    def online(self) -> bool:
-        """Whether answers are sampled during training."""
-        return self.rewards is not None or self.judge is not None
 
 
 def build(config: Config, objective: Objective, given: Given) -> Parts:
@@ -135,14 +110,19 @@ def build(config: Config, objective: Objective, given: Given) -> Parts:
             replay = rollout.ReplayBuffer(config.replay_capacity, probability=config.replay_probability)
         judged = judge is not None and held_out is not None
         others = players(config, objective, policy, tokenizer, judged=judged)
-    made = record.made_of(policy, tokenizer, objective, rewards, judge, device=processes.device, hashes=hashes)
+    made_of = record.made_of(policy, tokenizer, objective, rewards, judge, device=processes.device, hashes=hashes)
+    run_dir = Path(config.output_dir)
     return Parts(
+        config=config,
+        objective=corrected_for(sampler, config, objective, warns=processes.is_main) if online else objective,
         processes=processes,
-        progress=progress,
+        journal=Journal(processes, progress, run_dir, quiet=config.disable_tqdm),
+        sizes=sizes,
         tokenizer=tokenizer,
         policy=policy,
         model=wrapped,
         optimizer=getattr(adam, "optimizer", adam),
+        own_schedule=given.optimizer is None,
         train_data=train,
         eval_data=held_out,
         rewards=rewards,
@@ -150,9 +130,8 @@ def build(config: Config, objective: Objective, given: Given) -> Parts:
         players=others,
         sampler=sampler,
         replay=replay,
-        sizes=sizes,
-        made_of=made,
-        run_dir=Path(config.output_dir),
+        made_of=made_of,
+        run_dir=run_dir,
     )
 
 

@@ -1,14 +1,48 @@
-"""Settings of comparisons and of kept answers that cannot work together, or would do nothing."""
+"""Which objectives learn from comparisons of sampled answers, or imitate those that are kept, and with which settings."""
 
 from __future__ import annotations
 
+import math
+
 from rlft.config import Config, ConfigError
 from rlft.objective import Objective
-from rlft.run.step.pairing import imitates, plays, wants_pairs
 
-__all__ = ["check_comparisons"]
+__all__ = ["check_comparisons", "groups_per_prompt", "imitates", "learns_from_samples", "plays", "wants_pairs"]
 
 
+def wants_pairs(objective: Objective) -> bool:
+    """Whether rows come in pairs, better first: losses per pair, and losses on groups of two that ask for no rewards."""
+    if objective.needs_pairs:
+        return True
+    return "group_ids" in objective.needs and not ({"rewards", "advantages"} & objective.needs or objective.columns)
+
+
+def plays(objective: Objective) -> bool:
+    """Whether every answer is compared with one of an opponent (Nash-MD, Nash-EMA)."""
+    return "win_rates" in objective.needs and not wants_pairs(objective)
+
+
+def groups_per_prompt(config: Config, objective: Objective) -> int:
+    """Groups of the batch that come from one prompt: its pairs, or the one group of its answers."""
+    if not wants_pairs(objective) or config.pair_selection == "best_worst":
+        return 1
+    return math.comb(config.num_generations, 2)
+
+
+def learns_from_samples(config: Config, objective: Objective) -> bool:
+    """Whether an objective that asks for no rewards learns online all the same."""
+    if wants_pairs(objective):
+        return "scores" not in objective.needs
+    return plays(objective) or (config.keep != "all" and imitates(objective))
+
+
+def imitates(objective: Objective) -> bool:
+    """Whether all that a loss needs of an answer is the answer."""
+    made = {"rewards", "advantages", "labels", "scores", "values", "returns", "group_ids", "win_rates", "kl_baseline"}
+    return not (made & objective.needs or objective.columns)
+
+
+# -- settings --------------------------------------------------------------------------------------------------------------
 def check_comparisons(config: Config, objective: Objective, *, online: bool, rewarded: bool, judged: bool) -> None:
     """Refuse settings of comparisons that cannot work, or that would do nothing.
 
