@@ -101,7 +101,7 @@ class Trainer(Connected):
         )
         arguments.check_kinds(given, objective)
         listed, goal = arguments.callbacks(callbacks), objective_for(config, objective)
-        super().__init__(build(config, goal, given), listed)
+        super().__init__(build(config, goal, given, self), listed)
         self.callback_handler.call("init", {})
 
     # -- where this process stands ----------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ class Trainer(Connected):
             self.self_checks.run()
         if not self.state.checked and FirstStep.wanted(self.config):
             # first in the list: it compares frozen weights before a watcher moves a reference
-            self.watchers.insert(0, FirstStep(self.parts))
+            self.watchers.add(FirstStep(self.parts), first=True)
         if self.callback_handler.sees_updates:
-            self.watchers.append(self.callback_handler)
+            self.watchers.add(self.callback_handler)
         self.journal.start(self.policy, mixed_precision=self.config.mixed_precision)
         self.callback_handler.call("begin", {})
 
@@ -245,33 +245,37 @@ class Trainer(Connected):
             measured |= self.streamed_rows.metrics()
         values = measured | values
         self.log(values)
-        for watcher in self.watchers:
-            watcher.logged(values)
+        for logged in self.watchers.logged:
+            logged(values)
         return values
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: batches, backward passes, update. Returns what is known of it at once."""
+        if self.kl_control is not None:
+            self.kl_control.forget()  # what an evaluation or a callback measured is no step's
         with self.errors.explained():
             with instant("train.batch"):
                 micro_batches = self.source.next(self.step)
             denominators = self.count(micro_batches)
-            for watcher in self.watchers:
-                watcher.begins(micro_batches, denominators)
+            for begins in self.watchers.begins:
+                begins(micro_batches, denominators)
             micro_batches = self.micro_batches.for_training(micro_batches)
-            learns = self.counts.anything_to_learn(denominators)
+            learns = bool((denominators > 0).any())
+            if not learns:
+                self.counts.nothing_to_learn()
             started = time.perf_counter()
             if self.trust_region is not None and learns:
                 micro_batches = self.trust_region.begin(micro_batches, self.objective)
             loss = self._gradient(micro_batches, denominators)
-            for watcher in self.watchers:
-                watcher.before_update(loss)
+            for before_update in self.watchers.before_update:
+                before_update(loss)
         norm = self.optimizer_step(loss, update=learns)
         values = {"loss": loss, "grad_norm": norm, **self.update.facts()}
-        moved = learns and math.isfinite(norm) and norm > 0 and self.update.rate > 0 and not self.update.taken_back
-        for watcher in self.watchers:
-            values |= watcher.after_update(moved=moved)
-        if any(watcher.done for watcher in self.watchers):
-            self.watchers = [watcher for watcher in self.watchers if not watcher.done]
+        moves = math.isfinite(norm) and norm > 0 and self.optimizer.param_groups[0]["lr"] > 0
+        for after_update in self.watchers.after_update:
+            values |= after_update(moved=learns and moves and not self.update.taken_back)
+        if self.watchers.after_update:
+            self.watchers.leave()
         if self.kl_control is not None:
             self.objective = self.kl_control.steered(self.objective)
         return values | {"update_time": time.perf_counter() - started}
@@ -290,10 +294,12 @@ class Trainer(Connected):
         """Backward passes; the step's loss over all processes."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.micro_batches.one_by_one(micro_batches):
-            with instant("train.backward"), self.journal.phase("forward_backward"):
+            with instant("train.backward"), self.journal.meter.phase("forward_backward"):
                 loss = self.compute_loss(batch, denominators)
-                self.micro_batches.note_layout(batch)
-                self.update.backward(loss, self.objective.name)
+                if not loss.requires_grad:
+                    raise self.errors.without_gradient(self.objective.name)
+                # DistributedDataParallel averages gradients over processes; the denominators are global already
+                self.accelerator.backward(loss * self.world_size)
             total += loss.detach().double()
         return float(self.processes.sum(total))
 
@@ -308,16 +314,19 @@ class Trainer(Connected):
             A scalar; its sum over micro-batches and processes is the step's loss.
         """
         outputs = self.forward(batch, self.passes.wanted(batch, self.objective))
-        if (loss := self.update.poisoned(outputs, batch)) is not None:
+        if self.update.tolerated and (loss := self.update.poisoned(outputs, batch)) is not None:
             return loss
-        with self.update.raw_outputs(outputs, batch):
+        try:
             loss, results = self.objective.compute(outputs, batch, denominators)
+        except ValueError:
+            self.update.note_refused(outputs, batch)
+            raise
         for term, result in zip(self.objective.terms, results, strict=True):
-            self.metrics.add_output(result, term.mask(batch))
-        for watcher in self.watchers:
-            watcher.saw(batch, outputs, results)
+            self.journal.metrics.add_output(result, term.mask(batch))
+        for saw in self.watchers.saw:
+            saw(batch, outputs, results)
         if "entropy" in outputs:
-            self.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
+            self.journal.metrics.add("entropy", outputs["entropy"].detach(), batch.mask)
         return loss
 
     def forward(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
@@ -431,7 +440,7 @@ class Trainer(Connected):
         self.processes.poll(boundary=boundary)
 
     def _evaluate_and_log(self) -> dict[str, float]:
-        with self.errors.explained("evaluate"), self.journal.phase("evaluate"):
+        with self.errors.explained("evaluate"), self.journal.meter.phase("evaluate"):
             values = self.evaluate()
         self.log(values)
         self.state.evaluated_at = self.step

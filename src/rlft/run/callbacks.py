@@ -116,11 +116,14 @@ class CallbackHandler(Watcher):
     def call(self, event: str, values: Mapping[str, Any]) -> None:
         """Call all that want an event."""
         for one in self.listed:
-            if is_of_transformers(one):
-                if event in _METHODS:
-                    self._call_method(one, event, values)
-            elif event in FUNCTION_EVENTS:
-                one(event, self.trainer, values)
+            self._call_one(one, event, values)
+
+    def _call_one(self, one: Any, event: str, values: Mapping[str, Any]) -> None:
+        if is_of_transformers(one):
+            if event in _METHODS:
+                self._call_method(one, event, values)
+        elif event in FUNCTION_EVENTS:
+            one(event, self.trainer, values)
 
     def _call_method(self, one: Any, event: str, values: Mapping[str, Any]) -> None:
         method, name = _METHODS[event]
@@ -169,12 +172,15 @@ class CallbackHandler(Watcher):
 
     def saved(self, folder: Path, stopping: bool) -> None:
         """A checkpoint was written. While a run stops for a reason of its own, a callback that raises must not replace it."""
-        try:
-            self.call("save", {"path": str(folder)})
-        except Exception as error:
-            if not stopping:
-                raise
-            logger.warning(f"a callback raised {type(error).__name__}: {error} at 'save'; the run was saved and stops")
+        for one in self.listed:
+            try:
+                self._call_one(one, "save", {"path": str(folder)})
+            except Exception as error:
+                if not stopping:
+                    raise
+                logger.warning(
+                    f"a callback raised {type(error).__name__}: {error} at 'save'; the run was saved and stops"
+                )
 
     def evaluated(self, values: Mapping[str, float]) -> bool:
         """Held-out data were measured. Callbacks compare with the best before; then the best is noted.

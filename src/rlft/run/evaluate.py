@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,20 +33,12 @@ class Evaluation:
         passes: what an objective needs before its forward pass.
         collate: examples -> batch.
         sampling: of an online run, else None.
-        forward: the trainer's forward pass, ``(batch, want) -> outputs``.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        passes: Passes,
-        collate: Collator,
-        sampling: Sampling | None,
-        forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
-    ) -> None:
+    def __init__(self, parts: Parts, passes: Passes, collate: Collator, sampling: Sampling | None) -> None:
         self.config, self.tokenizer, self.data = parts.config, parts.tokenizer, parts.eval_data
         self.processes, self.journal, self.train_format = parts.processes, parts.journal, parts.train_data.format
-        self.passes, self.collate, self.sampling, self.forward = passes, collate, sampling, forward
+        self.passes, self.collate, self.sampling, self.stages = passes, collate, sampling, parts.stages
 
     def run(self, objective: Objective, dataset: Any = None) -> dict[str, float]:
         """Evaluate on the held-out data (or on ``dataset``); keys are prefixed ``eval_``.
@@ -85,15 +77,17 @@ class Evaluation:
             chunk = examples[start : start + size]
             sampled = sampling.greedy(chunk)
             if sampling.rewards is not None:
-                rewards, name = sampling.rewards_of(chunk, sampled, counts=None).double(), "reward"
+                rewards, name = sampling.rewards_of(chunk, sampled, training=False).double(), "reward"
             else:
                 assert sampling.comparisons is not None
                 rewards, name = sampling.comparisons.win_rate_of_greedy(chunk, sampled), "judge/win_rate"
             everything = torch.ones(len(chunk), dtype=torch.bool)
-            self.journal.add(name, rewards, ~torch.isnan(rewards))
+            self.journal.metrics.add(name, rewards, ~torch.isnan(rewards))
             lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
-            self.journal.add("completions/mean_length", lengths, everything)
-            self.journal.add("completions/clipped_ratio", (~torch.tensor(sampled.finished)).double(), everything)
+            self.journal.metrics.add("completions/mean_length", lengths, everything)
+            self.journal.metrics.add(
+                "completions/clipped_ratio", (~torch.tensor(sampled.finished)).double(), everything
+            )
             if start == 0 and self.config.log_completions and self.processes.is_main:
                 self._show(chunk, sampled, rewards)
 
@@ -113,11 +107,11 @@ class Evaluation:
                 self._measure(objective, batch)
 
     def _measure(self, objective: Objective, batch: Batch) -> None:
-        outputs = self.forward(batch, self.passes.wanted(batch, objective))
+        outputs = self.stages.forward(batch, self.passes.wanted(batch, objective))
         _, results = objective.compute(outputs, batch, objective.denominators(batch))
         for term, result in zip(objective.terms, results, strict=True):
             name = "loss" if len(results) == 1 else f"loss/{term.name}"
-            self.journal.add(name, result.loss.detach(), result.counted)
+            self.journal.metrics.add(name, result.loss.detach(), result.counted)
             self.journal.metrics.add_output(result, term.mask(batch))
         if self.train_format == "preference" and "logps" in outputs:
             measured = any("rewards/accuracies" in r.metrics for r in results)
@@ -167,7 +161,7 @@ class Evaluation:
         By raw likelihood (length-biased, and no reference in it), and by the implicit reward beta (log pi - log ref) where
         there is a reference and the objective does not measure that itself (``beta`` None).
         """
-        add = self.journal.add
+        add = self.journal.metrics.add
         logps = reduce.sequence_sum(outputs["logps"].detach(), batch.mask)
         chosen, rejected = logps[0::2], logps[1::2]
         add("logps/accuracies", (chosen > rejected).double(), None)

@@ -102,7 +102,7 @@ class SelfChecks:
         both = batch_of([(prompt, answer), other], pad_id).to(device)
         reward = "scores" in self.objective.needs
         name = "scores" if reward else "logps"
-        expected = self.passes.forward(alone, frozenset({name}))[name]
+        expected = self.parts.stages.forward(alone, frozenset({name}))[name]
         if not bool(torch.isfinite(expected).all()):
             return f"the model's {name} of the first rows must be finite, got NaN or infinity; look for spoilt weights"
         kept = getattr(self.policy, "layout", "padded")  # a reward model has one layout
@@ -110,7 +110,7 @@ class SelfChecks:
             try:
                 if layout != kept:
                     self.policy.layout = layout
-                got = self.passes.forward(both, frozenset({name}))[name][0]
+                got = self.parts.stages.forward(both, frozenset({name}))[name][0]
             finally:
                 if layout != kept:
                     self.policy.layout = kept

@@ -125,7 +125,7 @@ class Checkpoints:
             stopping: the run ends for a reason of its own, which a callback that raises must not replace.
         """
         self.journal.log.sync()
-        with self.journal.phase("save"):
+        with self.journal.meter.phase("save"):
             written = self._write(self._boundary or self.snapshot(), self.run_dir, self.config.save_total_limit)
         self._saved(written, stopping)
         return written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -23,12 +22,11 @@ class Export:
 
     Args:
         parts: of the run; the main process writes.
-        save_model: the trainer's method, which a subclass may override.
     """
 
-    def __init__(self, parts: Parts, save_model: Callable[[Path], None]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.config, self.run_dir, self.processes = parts.config, parts.run_dir, parts.processes
-        self.policy, self.tokenizer, self._save_model = parts.policy, parts.tokenizer, save_model
+        self.policy, self.tokenizer, self.stages = parts.policy, parts.tokenizer, parts.stages
 
     def save_model(self, folder: Path) -> None:
         """The model into any folder. Collective where weights are spread over processes."""
@@ -43,7 +41,7 @@ class Export:
     def write(self, folder: Path, whole: dict[str, Tensor] | None) -> None:
         """The model by the main process alone: the others have given their part of ``whole`` before."""
         if whole is None:
-            self._save_model(folder)
+            self.stages.save_model(folder)
         else:
             self._write_files(folder, whole)
 

@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from rlft.checkpoint._tensorfile import read_tensors, tensor_bytes, write_tensor
 from rlft.config import Config
 from rlft.run.step.collate import RefLogps
 from rlft.run.step.parts import Parts
-from rlft.types import Batch
 
 __all__ = ["RefLogpCache", "key", "ref_logps_dir"]
 
@@ -53,12 +52,11 @@ class RefLogpCache:
 
     Args:
         parts: of the run.
-        forward: the trainer's forward pass, ``(batch, want) -> outputs``.
     """
 
-    def __init__(self, parts: Parts, forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.config, self.policy, self.pad_id = parts.config, parts.policy, parts.tokenizer.pad_token_id or 0
-        self.processes, self.journal, self.forward = parts.processes, parts.journal, forward
+        self.processes, self.journal, self.stages = parts.processes, parts.journal, parts.stages
         self.rows_at_once, self.temperature = max(1, parts.sizes.micro_batch_rows), parts.temperature
         self.folder = ref_logps_dir(parts.config)
 
@@ -137,8 +135,8 @@ class RefLogpCache:
         for turn in range(processes.most(len(chunks))):  # sharded passes wait for each other: as many on every process
             processes.poll(boundary=True)
             batch = collate(chunks[min(turn, len(chunks) - 1)], pad_id=self.pad_id).to(processes.device)
-            with self.journal.phase("reference"):
-                logps = self.forward(batch, frozenset({"ref_logps"}))["ref_logps"]
+            with self.journal.meter.phase("reference"):
+                logps = self.stages.forward(batch, frozenset({"ref_logps"}))["ref_logps"]
             if turn < len(chunks):
                 found.append(logps[batch.completion_mask].cpu())
         flat = torch.cat(found)

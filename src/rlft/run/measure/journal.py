@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rlft._redact import redact
 from rlft.metrics import MetricsLog, MetricSums
 from rlft.run.measure.meter import Meter
@@ -51,14 +49,6 @@ class Journal:
             self.note(f"meter/mfu and meter/fraction_of_floor are left out: {unknown}")
 
     # -- measured -----------------------------------------------------------------------------------------------------
-    def add(self, name: str, values: Tensor | float, mask: Tensor | None = None, *, weight: float = 1.0) -> None:
-        """Take part in an average of the next line, see :meth:`rlft.metrics.MetricSums.add`."""
-        self.metrics.add(name, values, mask, weight=weight)
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Count the time inside for a phase, one of :data:`rlft.metrics.PHASES`."""
-        return self.meter.phase(name)
-
     @contextlib.contextmanager
     def apart(self) -> Iterator[MetricSums]:
         """Sums of their own, as an evaluation has; those of the next line go on afterwards."""

@@ -132,10 +132,12 @@ class Processes:
         own: Exception | None = None
         self.failed = ()
         try:
-            with self.signals.for_itself():
-                yield
+            self.signals.alone += 1
+            yield
         except Exception as error:
             own = error
+        finally:
+            self.signals.alone -= 1
         try:
             said = self._failures(own)
             self.failed = tuple(text.partition(":")[0] for text in said if text)

@@ -91,15 +91,6 @@ class Signals:
             thread.join()
             ours.close()
 
-    @contextlib.contextmanager
-    def for_itself(self) -> Iterator[None]:
-        """Around work in which no process waits for another."""
-        self.alone += 1
-        try:
-            yield
-        finally:
-            self.alone -= 1
-
     def told(self) -> bool:
         """Tell the others, or look whether one of them told."""
         store = _store()

@@ -34,6 +34,7 @@ from rlft.run.step.batch_sizes import batch_sizes
 from rlft.run.step.correction import corrected_for
 from rlft.run.step.parts import Parts
 from rlft.run.step.players import players
+from rlft.run.step.stages import Stages
 
 __all__ = ["Given", "build"]
 
@@ -54,7 +55,7 @@ class Given:
     optimizer: torch.optim.Optimizer | None = None
 
 
-def build(config: Config, objective: Objective, given: Given) -> Parts:
+def build(config: Config, objective: Objective, given: Given, stages: Stages) -> Parts:
     """Everything of a run, in the order that fails cheapest first: settings, rewards, data, then models. Collective.
 
     Raises:
@@ -115,6 +116,7 @@ def build(config: Config, objective: Objective, given: Given) -> Parts:
     return Parts(
         config=config,
         objective=corrected_for(sampler, config, objective, warns=processes.is_main) if online else objective,
+        stages=stages,
         processes=processes,
         journal=Journal(processes, progress, run_dir, quiet=config.disable_tqdm),
         sizes=sizes,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from rlft.rules.comparisons import groups_per_prompt, wants_pairs
 from rlft.rules.correction import correction_settings
@@ -32,7 +29,7 @@ from rlft.run.step.source import OfflineSource, OnlineSource, Refill
 from rlft.run.step.step_errors import StepErrors
 from rlft.run.step.trust_region import TrustRegion
 from rlft.run.step.update import Update
-from rlft.run.step.watchers import Watcher
+from rlft.run.step.watchers import Watcher, Watchers
 from rlft.types import Batch
 
 __all__ = ["Connected"]
@@ -40,8 +37,6 @@ __all__ = ["Connected"]
 
 class Connected:
     """What a trainer is connected to: what its run is made of, and the owners of all that moves in it.
-
-    The stages of a step are methods of the trainer, which a subclass may override: each is looked up when it is called.
 
     Args:
         parts: what the run is made of.
@@ -53,12 +48,6 @@ class Connected:
         streamed_rows: counts the rows of a stream; None for data in memory.
         ref_logps: reads or computes what the reference says of the data; None where that is not asked for.
     """
-
-    rollout: Callable[..., Batch]
-    score: Callable[..., Any]
-    prepare: Callable[..., Batch]
-    forward: Callable[..., dict[str, Tensor]]
-    save_model: Callable[..., None]
 
     def __init__(self, parts: Parts, callbacks: list[Any]) -> None:
         self.parts, self.config, self.objective, self.plan = parts, parts.config, parts.objective, parts.sizes
@@ -75,12 +64,6 @@ class Connected:
         self._connect_files(parts)
 
     def _connect_step(self, parts: Parts) -> None:
-        def forward(batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
-            return self.forward(batch, want)
-
-        def score(*rows: Any) -> Any:
-            return self.score(*rows)
-
         self.errors, self.micro_batches = StepErrors(parts), MicroBatches(parts)
         self.collate, self.counts = Collator(parts), GenerationCounts(parts)
         self.source = self._source(parts)
@@ -90,21 +73,19 @@ class Connected:
             trust = SamplerTrust(parts, self.micro_batches)
             self.sampling = Sampling(
                 parts,
-                comparisons=Comparisons(parts, score) if compares(parts) else None,
+                comparisons=Comparisons(parts) if compares(parts) else None,
                 errors=self.errors,
                 trust=trust,
                 counts=self.counts,
-                score=score,
             )
-        self.passes = Passes(parts, self.micro_batches, forward, trust=trust, kl_control=self.kl_control)
-        self.trust_region = TrustRegion(parts, forward) if parts.objective.trust_region is not None else None
+        self.passes = Passes(parts, self.micro_batches, trust=trust, kl_control=self.kl_control)
+        self.trust_region = TrustRegion(parts) if parts.objective.trust_region is not None else None
         self.update = Update(parts, self.errors, self.trust_region)
-        self.watchers = self._watchers(parts, trust)
+        self.watchers = Watchers(self._watchers(parts, trust))
 
     def _connect_files(self, parts: Parts) -> None:
-        forward = self.passes.forward
-        self.evaluation = Evaluation(parts, self.passes, self.collate, self.sampling, forward)
-        self.export, self.files = Export(parts, lambda folder: self.save_model(folder)), RunFiles(parts)
+        self.evaluation = Evaluation(parts, self.passes, self.collate, self.sampling)
+        self.export, self.files = Export(parts), RunFiles(parts)
         trust = self.sampling.trust if self.sampling is not None else None
         owners = (self.state, self.counts, self.update, trust, self.kl_control)
         self.checkpoints = Checkpoints(
@@ -118,7 +99,7 @@ class Connected:
         self.self_checks = SelfChecks(parts, self.passes, self.errors, self.checkpoints.rehearse)
         streams, precomputes = parts.config.streaming, parts.config.precompute_ref_log_probs
         self.streamed_rows = StreamedRows(self.source.order.stream, parts.journal) if streams else None
-        self.ref_logps = RefLogpCache(parts, forward) if precomputes else None
+        self.ref_logps = RefLogpCache(parts) if precomputes else None
 
     def _watchers(self, parts: Parts, trust: SamplerTrust | None) -> list[Watcher]:
         """Who watches every step of this run, in order; what its settings leave out is not among them."""
@@ -160,17 +141,8 @@ class Connected:
                 last="drop" if online else "keep",
             )
 
-        def prepare(batch: Batch) -> Batch:
-            return self.prepare(batch)
-
-        def rollout(drawn: Sequence[Any], step: int) -> Batch:
-            return self.rollout(drawn, step)
-
-        def make_batch(drawn: Sequence[Any]) -> Batch:
-            return self.collate(data.pick(drawn))
-
         if not online:
-            return OfflineSource(order, make_batch, prepare, self.micro_batches.split, processes.together)
+            return OfflineSource(order, self.collate.drawn, parts.stages, self.micro_batches.split, processes.together)
         each = groups_per_prompt(c, parts.objective)
         thinned = wants_pairs(parts.objective) or c.keep != "all"
 
@@ -180,5 +152,5 @@ class Connected:
 
         refill = Refill(sizes.draws * each, c.max_refills) if c.dynamic_sampling else None
         return OnlineSource(
-            order, rollout, prepare, cut, self.micro_batches.split, c.num_iterations, refill, self.counts.generation
+            order, parts.stages, cut, self.micro_batches.split, c.num_iterations, refill, self.counts.generation
         )

@@ -10,7 +10,7 @@ from rlft.config import Config
 from rlft.rollout import Rollout, SamplingParams
 from rlft.run.progress import Progress
 
-__all__ = ["columns", "decoded", "sampling_params", "trainer_state"]
+__all__ = ["decoded", "reward_call", "sampling_params"]
 
 #: Columns that are handed to reward functions under names of their own, or are no data of theirs.
 _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state"}
@@ -51,12 +51,28 @@ def decoded(tokenizer: Any, ends: Collection[int], examples: Sequence[Any], samp
     ]
 
 
-def columns(examples: Sequence[Any]) -> dict[str, list[Any]]:
-    """The dataset's other columns, one entry per example."""
+def reward_call(
+    examples: Sequence[Any],
+    completions: Sequence[Any],
+    ids: Sequence[Sequence[int]],
+    progress: Progress,
+    *,
+    training: bool,
+) -> dict[str, Any]:
+    """What reward functions and judges are called with, under TRL's names.
+
+    Args:
+        examples: the example of each answer; its other columns are handed on.
+        completions: see :func:`decoded`.
+        ids: the sampled ids.
+        progress: of the run, for ``trainer_state``.
+        training: False for held-out prompts.
+    """
     names = {name for e in examples for name in e.columns} - _RESERVED
-    return {name: [e.columns.get(name) for e in examples] for name in sorted(names)}
-
-
-def trainer_state(progress: Progress, *, training: bool) -> SimpleNamespace:
-    """What a reward function or judge may ask for as ``trainer_state``."""
-    return SimpleNamespace(global_step=progress.step, max_steps=progress.max_steps, is_training=training)
+    return {
+        "prompts": [e.prompt for e in examples],
+        "completions": list(completions),
+        "completion_ids": [list(row) for row in ids],
+        "columns": {name: [e.columns.get(name) for e in examples] for name in sorted(names)},
+        "trainer_state": SimpleNamespace(global_step=progress.step, max_steps=progress.max_steps, is_training=training),
+    }

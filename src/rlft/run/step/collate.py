@@ -53,9 +53,14 @@ class Collator:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.objective, self.device, pair_rewards = parts.objective, parts.processes.device, parts.config.pair_rewards
+        self.objective, self.device, self.data = parts.objective, parts.processes.device, parts.train_data
+        pair_rewards = parts.config.pair_rewards
         self.pad_id, self.pair_rewards = parts.tokenizer.pad_token_id, tuple(pair_rewards) if pair_rewards else None
         self.ref_logps: RefLogps | None = None
+
+    def drawn(self, indices: Any) -> Batch:
+        """The batch of training examples, by their indices (of a stream, the examples themselves)."""
+        return self(self.data.pick(indices))
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
         from rlft.data import collate

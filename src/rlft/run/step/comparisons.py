@@ -8,13 +8,13 @@ each answer beats one of an opponent; ``keep`` leaves the answers that supervise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlft.rewards import RewardError, RewardOutput
+from rlft.rewards import RewardError
 from rlft.rewards.call import When
 from rlft.rollout import Rollout, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
@@ -52,11 +52,10 @@ class Comparisons:
 
     Args:
         parts: of the run; the judge is a reward function that also takes ``opponents``, or None: then rewards decide.
-        score: the trainer's stage that scores answers.
     """
 
-    def __init__(self, parts: Parts, score: Callable[..., Any]) -> None:
-        self.config, self.tokenizer, self.judge, self.score = parts.config, parts.tokenizer, parts.judge, score
+    def __init__(self, parts: Parts) -> None:
+        self.config, self.tokenizer, self.judge, self.stages = parts.config, parts.tokenizer, parts.judge, parts.stages
         self.opponent, self.baseline = parts.players.opponent, parts.players.baseline
         self.processes, self.journal = parts.processes, parts.journal
         self.pairs, self.plays = wants_pairs(parts.objective), plays(parts.objective)
@@ -95,8 +94,8 @@ class Comparisons:
             keys = row_keys(fold_seed(seed, stream="keep"), *scores.shape)
             u = uniforms(keys, torch.zeros_like(keys)).reshape(scores.shape).to(scores.device)
             kept = keep_by_rejection(scores, usable, u, beta=c.keep_beta)
-        self.journal.add("keep/fraction", kept.double(), None)
-        self.journal.add("keep/reward", scores, kept)
+        self.journal.metrics.add("keep/fraction", kept.double(), None)
+        self.journal.metrics.add("keep/reward", scores, kept)
         return batch.replace(mask=batch.mask & kept.reshape(-1, 1))
 
     # -- pairs ----------------------------------------------------------------------------------------------------------------
@@ -123,9 +122,9 @@ class Comparisons:
     def _record_pairs(self, pairs: Pairs, won: Tensor) -> None:
         comparable = ~pairs.gap.isnan()
         tied = comparable & ~pairs.alive
-        self.journal.add("pairs/tied_fraction", tied.double(), comparable)
-        self.journal.add("pairs/gap", pairs.gap, pairs.alive)
-        self.journal.add("pairs/win_rate", won, pairs.alive)
+        self.journal.metrics.add("pairs/tied_fraction", tied.double(), comparable)
+        self.journal.metrics.add("pairs/gap", pairs.gap, pairs.alive)
+        self.journal.metrics.add("pairs/win_rate", won, pairs.alive)
         if bool(tied.any()):
             gap = self.config.pair_min_gap
             self.journal.warn_once(
@@ -144,7 +143,7 @@ class Comparisons:
         repeated = [e for e in examples for _ in range(n)]
         other = fold_seed(seed, stream="opponent")
         assert self.opponent is not None
-        with self.journal.phase("sample"):
+        with self.journal.meter.phase("sample"):
             theirs = self.opponent.sample(
                 [e.prompt_ids for e in examples],
                 n,
@@ -156,17 +155,17 @@ class Comparisons:
         if self.judge is None:
             assert batch.rewards is not None
             texts = self._texts(repeated, theirs)
-            with self.journal.phase("reward"):
-                against = self.score(repeated, texts, theirs.completion_ids).rewards
+            with self.journal.meter.phase("reward"):
+                against = self.stages.score(repeated, texts, theirs.completion_ids).rewards
             won = torch.sigmoid(batch.rewards.double().cpu() - against.double())
-            self.journal.add("judge/opponent_reward", against.double(), ~against.isnan())
+            self.journal.metrics.add("judge/opponent_reward", against.double(), ~against.isnan())
         else:
             won = self.compare(repeated, sampled, theirs, seed=other)
             self._note_unanswered(won, counts)
         lengths = torch.tensor([float(len(ids)) for ids in theirs.completion_ids], dtype=torch.float64)
-        self.journal.add("judge/opponent_length", lengths, None)
+        self.journal.metrics.add("judge/opponent_length", lengths, None)
         answered = ~won.isnan()
-        self.journal.add("judge/win_rate", won, answered)
+        self.journal.metrics.add("judge/win_rate", won, answered)
         won, answered = won.to(batch.device), answered.to(batch.device)
         return batch.replace(
             mask=batch.mask & answered[:, None], extras={**batch.extras, "win_rates": won.where(answered, 0.5).float()}
@@ -223,7 +222,7 @@ class Comparisons:
         return wins
 
     def _note_unanswered(self, won: Tensor, counts: GenerationCounts) -> None:
-        self.journal.add("judge/unanswered", won.isnan().double(), None)
+        self.journal.metrics.add("judge/unanswered", won.isnan().double(), None)
         counts.scored(won)
 
     def _ask(
@@ -237,13 +236,17 @@ class Comparisons:
     ) -> Tensor:
         """Call the judge: a reward function that also gets ``opponents`` and returns probabilities."""
         self.processes.poll()
-        state = answers.trainer_state(self.processes.progress, training=training)
-        with self.journal.phase("reward"):
-            output = self._judgement(examples, first, second, ids, state)
+        assert self.judge is not None
+        call = answers.reward_call(examples, first, ids, self.processes.progress, training=training)
+        if "opponents" in call["columns"]:
+            raise ValueError("the column name 'opponents' is an argument of every judge; rename the column")
+        call["columns"]["opponents"] = list(second)
+        with self.journal.meter.phase("reward"):
+            output = self.judge(**call, poll=self.processes.poll)
         won = output.each[:, 0].double()
         wrong = ((won < 0) | (won > 1)).nonzero()
         if len(wrong):
-            row, when = int(wrong[0, 0]), When.of(state)
+            row, when = int(wrong[0, 0]), When.of(call["trainer_state"])
             raise RewardError(
                 f"judge {output.names[0]!r} returned {won[row].item():g} for row {row}{when.text}; it must return the "
                 f"probability, 0 to 1, that the completion beats its opponent (1 or 0 where it is sure, None where it cannot say)",
@@ -252,27 +255,6 @@ class Comparisons:
                 row=row,
             )
         return won
-
-    def _judgement(
-        self,
-        examples: Sequence[Any],
-        first: Sequence[Any],
-        second: Sequence[Any],
-        ids: Sequence[Sequence[int]],
-        state: Any,
-    ) -> RewardOutput:
-        assert self.judge is not None
-        columns = answers.columns(examples)
-        if "opponents" in columns:
-            raise ValueError("the column name 'opponents' is an argument of every judge; rename the column")
-        return self.judge(
-            prompts=[e.prompt for e in examples],
-            completions=list(first),
-            completion_ids=[list(row) for row in ids],
-            columns={**columns, "opponents": list(second)},
-            trainer_state=state,
-            poll=self.processes.poll,
-        )
 
     def _texts(self, examples: Sequence[Any], sampled: Rollout) -> list[Any]:
         return answers.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)

@@ -91,15 +91,19 @@ class GenerationCounts:
         self._now.asked += values.numel()
         self._now.unscored += int(values.isnan().sum())
 
-    def spread(self, equal: Tensor, usable: Tensor) -> None:
-        """Note which groups earned equal rewards, of those that can be compared."""
-        self._now.groups += int(usable.sum())
-        self._now.equal += int((equal & usable).sum())
+    def drawn(self, mask: Tensor, equal: Tensor | None = None, usable: Tensor | None = None) -> None:
+        """Note sampled answers.
 
-    def masked(self, mask: Tensor) -> None:
-        """Note answers by their masks, ``[B, T]``."""
+        Args:
+            mask: ``[B, T]`` the tokens to train on.
+            equal: ``[P]`` which groups earned equal rewards; None where a judge decides.
+            usable: ``[P]`` which groups can be compared.
+        """
         self._now.rows += mask.shape[0]
         self._now.masked += int((~mask.any(-1)).sum())
+        if equal is not None and usable is not None:
+            self._now.groups += int(usable.sum())
+            self._now.equal += int((equal & usable).sum())
 
     # -- what it came to --------------------------------------------------------------------------------------------------
     def _settle_masked(self, found: _Counts, at: str) -> None:
@@ -145,14 +149,12 @@ class GenerationCounts:
             f"(every reward was None); check the reward functions on one printed answer (log_completions)"
         )
 
-    def anything_to_learn(self, denominators: Tensor) -> bool:
-        """Whether the step has anything to train on.
+    def nothing_to_learn(self) -> None:
+        """A step has nothing to train on: say so once.
 
         Raises:
             TrainingError: where all answers of the generation are masked.
         """
-        if bool((denominators > 0).any()):
-            return True
         at = f"step {self.processes.progress.step + 1}"
         if self.all_masked:
             raise TrainingError(
@@ -161,7 +163,6 @@ class GenerationCounts:
                 f"{self.config.max_completion_length}), or set mask_truncated_completions: false"
             )
         self.journal.warn_once("empty", f"{at}: nothing could be trained on, so the weights stay as they are")
-        return False
 
     # -- kept ---------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +184,6 @@ class FlipWatch(Watcher):
     def logged(self, values: Mapping[str, float]) -> None:
         share = values.get("agro/flip_fraction", 0.0)
         if share > FLIP_SHARE:
-            self.done = True
             self.journal.warn_once(
                 "flips",
                 f"step {self.journal.progress.step}: {share:.0%} of the answers have A > 2 beta (agro/flip_fraction, more than "

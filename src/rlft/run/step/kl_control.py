@@ -53,14 +53,15 @@ class KLControl(Watcher):
         once_per_generation = self.weight.place == "reward" or self.weight.measured == STEP_KL
         groups = sizes.draws if once_per_generation else sizes.groups_per_step
         self.answers = groups * config.num_generations * parts.processes.world_size  # between two moves of beta
-        self._forget()
+        self.forget()
         if isinstance(rule, kl.ProportionalKL) and rule.limit * self.answers >= rule.horizon:
             raise ConfigError(
                 f"kl_controller.horizon={rule.horizon:g} is not above limit x answers between two moves of beta ({rule.limit:g} x "
                 f"{self.answers}), so one move could turn beta negative; raise horizon (10000 is customary)"
             )
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin to measure anew."""
         self.total, self.count, self.rows = 0.0, 0.0, 0.0
 
     def _take(self, values: Tensor, mask: Tensor, rows: int) -> None:
@@ -87,7 +88,7 @@ class KLControl(Watcher):
         # the exact KL of each position on the policy's own prefixes has the KL of the answers as its expectation too
         per_token = outputs["token_kl"] if ref_logps is None else outputs["logps"] - ref_logps
         values = reduce.sequence_sum(per_token.detach().where(batch.mask, 0.0), batch.mask)
-        self.journal.add(name, values, rows)
+        self.journal.metrics.add(name, values, rows)
         self._take(values, rows, int(rows.sum()))
 
     def after_update(self, *, moved: bool) -> dict[str, float]:
@@ -99,7 +100,6 @@ class KLControl(Watcher):
         used = {"kl/beta": self.controller.beta}
         sums = torch.tensor([self.total, self.count, self.rows], dtype=torch.float64)
         total, count, rows = self.processes.sum(sums).tolist()
-        self._forget()
         by_generation = self.weight.measured == STEP_KL
         if count == 0 or not math.isfinite(total) or (by_generation and self.source.waiting):
             return used
@@ -129,7 +129,7 @@ class KLControl(Watcher):
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Take :meth:`state_dict` back; the trainer's objective follows by :meth:`steered`."""
         if values.get("kl_controller") is not None:
-            self._forget()
+            self.forget()
             self.controller = kl.controller_from_state_dict(values["kl_controller"])
 
     def describe(self) -> str:

@@ -74,6 +74,7 @@ class MicroBatches:
                 self.processes.poll(boundary=on_cpu())
             with contextlib.nullcontext() if index == last else self.processes.accelerator.no_sync(self.model):
                 yield batch
+            self._note_layout(batch)
 
     # -- rows that teach nothing ------------------------------------------------------------------------------------------
     def unread(self, batch: Batch) -> Tensor:
@@ -109,7 +110,7 @@ class MicroBatches:
         idle = [_weightless(batch) if weighted else self._blank_rows(batch) for batch in micro_batches]
         everything = torch.cat(idle)
         if weighted:
-            self.journal.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
+            self.journal.metrics.add("frac_rows_dropped", everything.double(), torch.ones_like(everything))
         if not bool(everything.any()):
             return micro_batches
         kept = [
@@ -136,7 +137,7 @@ class MicroBatches:
         return row.replace(old_logps=None) if unknown else row
 
     # -- what passes cost -------------------------------------------------------------------------------------------------
-    def note_layout(self, batch: Batch) -> None:
+    def _note_layout(self, batch: Batch) -> None:
         """Metrics of the forward pass that just ran: how much of it was padding, and what shared prompts saved."""
         used, needs = self.policy.layout_used, self.objective.needs
         inside = self.objective.needs_reference and batch.ref_states is None
@@ -144,8 +145,8 @@ class MicroBatches:
         behaviour = bool(needs & BEHAVIOUR) and batch.behaviour_states is None and self.sizes.updates_per_generation > 1
         self.journal.meter.passed(used, backward=True, passes=1 + inside + behaviour)
         if used.computed:
-            self.journal.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))
-            self.journal.add("prompt_sharing", used.repeated / max(1, used.tokens), weight=float(used.tokens))
+            self.journal.metrics.add("padding_efficiency", used.tokens / used.computed, weight=float(used.computed))
+            self.journal.metrics.add("prompt_sharing", used.repeated / max(1, used.tokens), weight=float(used.tokens))
 
 
 def by_tokens(batch: Batch, budget: int, *, whole: bool = True) -> list[Tensor]:

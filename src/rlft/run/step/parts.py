@@ -14,6 +14,7 @@ from rlft.run.measure.journal import Journal
 from rlft.run.processes.processes import Processes
 from rlft.run.step.batch_sizes import BatchSizes
 from rlft.run.step.players import Players
+from rlft.run.step.stages import Stages
 
 __all__ = ["Parts"]
 
@@ -35,6 +36,7 @@ class Parts:
 
     config: Config
     objective: Objective
+    stages: Stages
     processes: Processes
     journal: Journal
     sizes: BatchSizes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -31,7 +29,6 @@ class Passes:
     Args:
         parts: of the run.
         micro_batches: how many rows a pass takes.
-        forward: the trainer's forward pass, ``(batch, want) -> outputs``.
         trust: of the sampler of an online run, else None.
         kl_control: takes in the KL that is taken off the rewards, or None.
     """
@@ -40,7 +37,6 @@ class Passes:
         self,
         parts: Parts,
         micro_batches: MicroBatches,
-        forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]],
         *,
         trust: SamplerTrust | None,
         kl_control: KLControl | None,
@@ -51,7 +47,7 @@ class Passes:
             parts.journal,
             parts.online,
         )
-        self.micro_batches, self.forward, self.trust, self.kl_control = micro_batches, forward, trust, kl_control
+        self.micro_batches, self.stages, self.trust, self.kl_control = micro_batches, parts.stages, trust, kl_control
         #: Whether a generation is trained on after the policy that sampled it has moved, and whether more than once.
         self.reused = parts.sizes.updates_per_generation > 1
         self.repeated = parts.online and parts.config.num_iterations > 1
@@ -88,7 +84,7 @@ class Passes:
             batch, want = batch.replace(old_logps=noted), want - {"logps"}
         if want:
             compared = noted if "logps" in want and self.trust is not None and self.trust.usable else None
-            with self.journal.phase("reference"):
+            with self.journal.meter.phase("reference"):
                 outputs = self.outputs(batch, frozenset(want), everything=compared is not None, alone=alone)
             names = {"logps": "old_logps", "states": "behaviour_states"}
             batch = batch.replace(**{names.get(name, name): values for name, values in outputs.items()})
@@ -157,7 +153,9 @@ class Passes:
         for turn in range(turns):
             self.processes.poll()
             piece = pieces[min(turn, len(pieces) - 1)]
-            for name, values in self.forward(chosen.select(piece).to(self.processes.device), want | wish).items():
+            for name, values in self.stages.forward(
+                chosen.select(piece).to(self.processes.device), want | wish
+            ).items():
                 wide = _widened(values, width).to(batch.device)
                 if name not in outputs:
                     outputs[name] = wide.new_zeros((batch.num_rows, *wide.shape[1:]))
@@ -178,7 +176,7 @@ class Passes:
         assert batch.ref_logps is not None
         rows = batch.mask.any(-1)
         values = reduce.sequence_sum((batch.old_logps - batch.ref_logps).where(batch.mask, 0.0), batch.mask)
-        self.journal.add(REFERENCE_KL, values, rows)
+        self.journal.metrics.add(REFERENCE_KL, values, rows)
         if self.kl_control is not None:
             self.kl_control.saw_reward_kl(values, rows)
 

@@ -120,7 +120,7 @@ class SamplerTrust(Watcher):
         mine = self.policy_logps(prompts, answers, params)
         gap = (theirs - mine).abs()
         if self.config.sampler_correction is None:  # which measures it on every token
-            self.journal.add("sampling/sampling_logp_difference/mean", gap, None)
+            self.journal.metrics.add("sampling/sampling_logp_difference/mean", gap, None)
             self.journal.metrics.add_max("sampling/sampling_logp_difference/max", gap)
         if not float(gap.mean()) <= self.bound:
             self.fault = self._message(gap, theirs, prompts, answers, params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Sampling:
         errors: what goes wrong, in words.
         trust: looks at what the sampler gave.
         counts: of each generation.
-        score: the trainer's stage that scores answers, which a subclass may override.
     """
 
     def __init__(
@@ -43,13 +42,12 @@ class Sampling:
         errors: StepErrors,
         trust: SamplerTrust,
         counts: GenerationCounts,
-        score: Callable[..., Any],
     ) -> None:
         self.config, self.objective, self.tokenizer = parts.config, parts.objective, parts.tokenizer
         self.sampler, self.rewards, self.replay = parts.sampler, parts.rewards, parts.replay
         self.comparisons, config = comparisons, parts.config
         self.processes, self.journal, self.errors = parts.processes, parts.journal, errors
-        self.trust, self.counts, self._score = trust, counts, score
+        self.trust, self.counts, self.stages = trust, counts, parts.stages
         self.params = answers.sampling_params(config)
         self.greedy_params = answers.sampling_params(config, greedy=True)
         self._training = True
@@ -66,7 +64,7 @@ class Sampling:
             seed: decides the samples together with weights and prompts.
         """
         n, mixture = self.config.num_generations, self._mixture
-        with self.errors.explained("sample"), self.journal.phase("sample"), instant("train.sample"):
+        with self.errors.explained("sample"), self.journal.meter.phase("sample"), instant("train.sample"):
             sampled = (self.sampler if mixture is None else mixture).sample(
                 [e.prompt_ids for e in examples],
                 n,
@@ -79,60 +77,52 @@ class Sampling:
         if mixture is None:
             self.trust.look(examples, sampled, self.params)
         if self.rewards is not None:
-            rewards = self.rewards_of([e for e in examples for _ in range(n)], sampled, counts=self.counts)
+            rewards = self.rewards_of([e for e in examples for _ in range(n)], sampled)
+            self.counts.scored(rewards)
         else:
             rewards = torch.full((len(sampled),), torch.nan)
         if self.replay is not None:
             sampled, rewards = self.replay.mix(examples, sampled, rewards, seed=seed)
-        if self.rewards is not None:
-            self._record_rewards(rewards)
+        equal, usable = self._record_rewards(rewards) if self.rewards is not None else (None, None)
         self._record_lengths(sampled)
         batch = self.batch_of(examples, sampled, rewards)
-        self.counts.masked(batch.mask)
+        self.counts.drawn(batch.mask, equal, usable)
         if self.comparisons is None:
             return batch
         return self.comparisons.complete(examples, sampled, batch, seed=seed, counts=self.counts)
 
-    def rewards_of(self, examples: Sequence[Any], sampled: Rollout, *, counts: GenerationCounts | None) -> Tensor:
+    def rewards_of(self, examples: Sequence[Any], sampled: Rollout, *, training: bool = True) -> Tensor:
         """Rewards ``[B]`` of sampled answers, NaN where unscored; each function's mean and spread go to the journal.
 
         Args:
             examples: the example of each answer.
             sampled: the answers.
-            counts: of the generation; None for held-out prompts, which are no steps.
+            training: False for held-out prompts.
         """
         self.processes.poll()
         completions = answers.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
-        self._training = counts is not None
+        self._training = training
         try:
-            with self.journal.phase("reward"), instant("train.reward"):
-                output = self._score(examples, completions, sampled.completion_ids)
+            with self.journal.meter.phase("reward"), instant("train.reward"):
+                output = self.stages.score(examples, completions, sampled.completion_ids)
         finally:
             self._training = True
         each = output.each.double()
         for column, name in enumerate(output.names):
             values = each[:, column]
             seen = ~torch.isnan(values)
-            self.journal.add(f"rewards/{name}/mean", values, seen)
+            self.journal.metrics.add(f"rewards/{name}/mean", values, seen)
             if int(seen.sum()) > 1:
-                self.journal.add(f"rewards/{name}/std", values[seen].std(), None)
-        if counts is not None:
-            counts.scored(output.rewards)
+                self.journal.metrics.add(f"rewards/{name}/std", values[seen].std(), None)
         unscored = output.rewards.isnan().double()
-        self.journal.add("rewards/unscored_fraction", unscored.mean() if len(unscored) else 0.0)
+        self.journal.metrics.add("rewards/unscored_fraction", unscored.mean() if len(unscored) else 0.0)
         return output.rewards
 
     def score(self, examples: Sequence[Any], completions: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
         """Call the reward functions with TRL's keywords, see :meth:`rlft.Trainer.score`."""
         assert self.rewards is not None
-        return self.rewards(
-            prompts=[e.prompt for e in examples],
-            completions=list(completions),
-            completion_ids=[list(row) for row in ids],
-            columns=answers.columns(examples),
-            trainer_state=answers.trainer_state(self.processes.progress, training=self._training),
-            poll=self.processes.poll,
-        )
+        call = answers.reward_call(examples, completions, ids, self.processes.progress, training=self._training)
+        return self.rewards(**call, poll=self.processes.poll)
 
     def batch_of(self, examples: Sequence[Any], sampled: Rollout, rewards: Tensor) -> Batch:
         """Right-padded tensors on the device; row order is prompt-major."""
@@ -157,7 +147,8 @@ class Sampling:
         if "sampler_logps" in self.objective.needs or self.trust.usable:
             noted = [torch.tensor(row, dtype=self._precision) for row in sampled.logps]
             batch = batch.replace(extras={"sampler_logps": pad_sequence(noted, batch_first=True)})
-        return with_columns(batch, examples, self.objective).to(self.processes.device)
+        batch = with_columns(batch, examples, self.objective) if self.objective.columns else batch
+        return batch.to(self.processes.device)
 
     # -- for evaluation ---------------------------------------------------------------------------------------------------
     def greedy(self, examples: Sequence[Any]) -> Rollout:
@@ -183,7 +174,8 @@ class Sampling:
         metrics.add("completions/mean_terminated_length", lengths, finished)
         metrics.add("completions/clipped_ratio", (~finished).double(), everything)
 
-    def _record_rewards(self, rewards: Tensor) -> None:
+    def _record_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Which groups earned equal rewards, and which can be compared; ``[P]`` both."""
         groups = rewards.double().reshape(-1, self.config.num_generations)
         scored = ~torch.isnan(groups)
         metrics = self.journal.metrics
@@ -194,4 +186,4 @@ class Sampling:
         usable = sizes > 1
         metrics.add("reward_std", spread, usable)
         metrics.add("frac_reward_zero_std", (spread == 0).double(), usable)
-        self.counts.spread(spread == 0, usable)
+        return spread == 0, usable

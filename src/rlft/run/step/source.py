@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rlft.run.step.stages import Stages
 from rlft.types import Batch
 
 __all__ = ["OfflineSource", "OnlineSource", "Refill", "Source"]
@@ -60,8 +61,8 @@ class OfflineSource(_Ordered):
 
     Args:
         order: yields this process's example indices for one step; has ``state_dict`` and ``load_state_dict``.
-        make_batch: examples' indices -> Batch.
-        prepare: fills in what the objective needs before the forward pass.
+        make_batch: what was drawn -> Batch.
+        stages: ``prepare`` fills in what the objective needs before the forward pass.
         split: Batch -> micro-batches.
         together: what surrounds the work that this process does for itself, see :meth:`rlft.run.processes.processes.Processes.together`.
     """
@@ -69,19 +70,19 @@ class OfflineSource(_Ordered):
     def __init__(
         self,
         order: Any,
-        make_batch: Callable[[Sequence[int]], Batch],
-        prepare: Callable[[Batch], Batch],
+        make_batch: Callable[[Any], Batch],
+        stages: Stages,
         split: Callable[[Batch], list[Batch]],
         together: Together = contextlib.nullcontext,
     ) -> None:
-        self.order, self.make_batch, self.prepare, self.split = order, make_batch, prepare, split
+        self.order, self.make_batch, self.stages, self.split = order, make_batch, stages, split
         self.together = together
 
     def next(self, step: int) -> list[Batch]:
         with self.together():
             indices = next(self.order)
             batch = self.make_batch(indices) if indices else None
-        return self.split(self.prepare(batch)) if batch is not None else []
+        return self.split(self.stages.prepare(batch)) if batch is not None else []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"order": self.order.state_dict()}
@@ -114,8 +115,8 @@ class OnlineSource(_Ordered):
 
     Args:
         order: yields this process's prompt indices for one generation.
-        rollout: (prompt indices, step) -> Batch with rewards.
-        prepare: fills in what the objective needs; once per generation, under the weights that sampled it.
+        stages: ``rollout`` gives a Batch with rewards; ``prepare`` fills in what the objective needs, once per generation,
+            under the weights that sampled it.
         cut: Batch -> one Batch per optimizer step.
         split: Batch -> micro-batches.
         iterations: passes over one generation.
@@ -126,15 +127,14 @@ class OnlineSource(_Ordered):
     def __init__(
         self,
         order: Any,
-        rollout: Callable[[Sequence[int], int], Batch],
-        prepare: Callable[[Batch], Batch],
+        stages: Stages,
         cut: Callable[[Batch], list[Batch]],
         split: Callable[[Batch], list[Batch]],
         iterations: int,
         refill: Refill | None = None,
         together: Together = contextlib.nullcontext,
     ) -> None:
-        self.order, self.rollout, self.prepare, self.cut, self.split = order, rollout, prepare, cut, split
+        self.order, self.stages, self.cut, self.split = order, stages, cut, split
         self.iterations, self.refill, self.together = iterations, refill, together
         self.queue: list[Batch] = []
 
@@ -150,18 +150,18 @@ class OnlineSource(_Ordered):
         if not self.queue:
             with self.together():
                 batch = self._generate(step)
-            self.queue = self.cut(self.prepare(batch)) * self.iterations
+            self.queue = self.cut(self.stages.prepare(batch)) * self.iterations
         return self.split(self.queue.pop(0))
 
     def _generate(self, step: int) -> Batch:
-        batch = self.rollout(next(self.order), step)
+        batch = self.stages.rollout(next(self.order), step)
         if self.refill is None:
             return batch
         useful, flat = _by_spread(batch)
         for _ in range(self.refill.tries):
             if sum(b.num_groups for b in useful) >= self.refill.prompts:
                 break
-            more, less = _by_spread(self.rollout(next(self.order), step))
+            more, less = _by_spread(self.stages.rollout(next(self.order), step))
             useful, flat = useful + more, flat + less
         kept = Batch.concat([*useful, *flat])
         return kept.split_groups(self.refill.prompts)[0]

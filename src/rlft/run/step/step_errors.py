@@ -76,6 +76,14 @@ class StepErrors:
                 raise TrainingError(self.out_of_memory(stage, error)) from error
             raise
 
+    def without_gradient(self, name: str) -> TrainingError:
+        """The loss of an objective does not depend on the policy at all."""
+        return TrainingError(
+            f"step {self.progress.step + 1}: the loss of objective {name!r} has no gradient, so nothing can be "
+            f"learnt from it; likely causes: .detach() or torch.no_grad() around the policy's log-probs in an objective of "
+            f"your own, or a callback or reward function that switched gradients off"
+        )
+
     def out_of_memory(self, stage: Stage, error: BaseException) -> str:
         """The end of memory in words.
 

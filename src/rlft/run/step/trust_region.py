@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +23,12 @@ class TrustRegion:
 
     Args:
         parts: of a run whose objective has a trust region.
-        forward: the trainer's forward pass, ``(batch, want) -> outputs``.
 
     Raises:
         ConfigError: for a policy that cannot be differentiated twice, or weights that are sharded.
     """
 
-    def __init__(self, parts: Parts, forward: Callable[[Batch, frozenset[str]], dict[str, Tensor]]) -> None:
+    def __init__(self, parts: Parts) -> None:
         region, name, policy, processes = (
             parts.objective.trust_region,
             parts.objective.name,
@@ -47,7 +44,7 @@ class TrustRegion:
         if why := fisher.why_not(policy):
             raise ConfigError(f"objective {name!r} cannot take its step: {why}")
         self.policy, self.region, self.processes, self.journal = policy, region, processes, parts.journal
-        self.forward, self.temperature, self.max_grad_norm = forward, parts.temperature, parts.config.max_grad_norm
+        self.stages, self.temperature, self.max_grad_norm = parts.stages, parts.temperature, parts.config.max_grad_norm
         critic = policy.critic
         self.of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         others = {id(p) for p in self.of_critic}
@@ -65,7 +62,9 @@ class TrustRegion:
             objective: of this step: a controller may have moved beta.
         """
         self.objective = objective.without_values()
-        logps = [None if b.old_logps is not None else self.forward(b, frozenset({"logps"})) for b in micro_batches]
+        logps = [
+            None if b.old_logps is not None else self.stages.forward(b, frozenset({"logps"})) for b in micro_batches
+        ]
         self.batches = [
             b if new is None else b.replace(old_logps=new["logps"]) for b, new in zip(micro_batches, logps, strict=True)
         ]
@@ -91,7 +90,7 @@ class TrustRegion:
             region=self.region,
         )
         for name, value in done._asdict().items():
-            self.journal.add(f"trust_region/{name}", float(value))
+            self.journal.metrics.add(f"trust_region/{name}", float(value))
         for p in self.weights:
             p.grad = None
         if self.of_critic and self.max_grad_norm is not None:
@@ -131,7 +130,7 @@ class TrustRegion:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for batch in self.batches:
             wanted = self.objective.forward_needs - ({"ref_logps"} if batch.ref_logps is not None else set())
-            outputs = self.forward(batch, wanted)  # a collective where processes share buffers: never skipped
+            outputs = self.stages.forward(batch, wanted)  # a collective where processes share buffers: never skipped
             try:
                 total += self.objective.compute(outputs, batch, self.counts)[0].double()
             except ValueError:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,12 +39,15 @@ class Update:
     Attributes:
         nonfinite_steps: steps that were left out, over the whole run.
         taken_back: whether the last step was, because it spoilt a weight.
+        tolerated: whether outputs that are not finite go on to the update: steps may be skipped, or other processes wait in
+            the backward pass for this one.
     """
 
     def __init__(self, parts: Parts, errors: StepErrors, trust_region: TrustRegion | None) -> None:
         self.config, self.model, self.optimizer = parts.config, parts.model, parts.optimizer
         self.processes, self.progress, self.journal = parts.processes, parts.processes.progress, parts.journal
         self.errors, self.trust_region, self.own_schedule = errors, trust_region, parts.own_schedule
+        self.tolerated = parts.config.max_nonfinite_steps > 0 or parts.processes.world_size > 1
         self.nonfinite_steps = 0
         self.taken_back = False
 
@@ -117,7 +119,7 @@ class Update:
             with (
                 self.errors.explained("optimizer" if undo is None else "undone"),
                 instant("train.optimizer"),
-                self.journal.phase("optimizer"),
+                self.journal.meter.phase("optimizer"),
             ):
                 if self.trust_region is not None:
                     self.trust_region.apply()
@@ -171,47 +173,21 @@ class Update:
             )
         return True
 
-    @contextlib.contextmanager
-    def raw_outputs(self, outputs: Mapping[str, Tensor], batch: Batch) -> Iterator[None]:
-        """Around an objective that refuses outputs which are not finite: the row says so before the run stops."""
-        try:
-            yield
-        except ValueError:
-            if not _all_finite(outputs, batch):
-                self.journal.write({"loss": math.nan}, ahead=1)
-            raise
+    def note_refused(self, outputs: Mapping[str, Tensor], batch: Batch) -> None:
+        """An objective refused a micro-batch: where outputs are not finite, the log says so before the run stops."""
+        if not _all_finite(outputs, batch):
+            self.journal.write({"loss": math.nan}, ahead=1)
 
     def poisoned(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-        """A loss of NaN where the model's outputs hold NaN or infinity; None where they are finite, or nobody must wait.
+        """A loss of NaN where the model's outputs hold NaN or infinity; None where they are finite.
 
-        Objectives refuse such outputs with an error. Where steps may be skipped, or other processes wait in the backward
-        pass for this one, the step goes through with a loss that says what it is, and every process sees the same.
+        Objectives refuse such outputs with an error. Where that is ``tolerated``, the step goes through with a loss that
+        says what it is, and every process sees the same.
         """
-        if self.config.max_nonfinite_steps == 0 and self.processes.world_size == 1:
-            return None
         if _all_finite(outputs, batch):
             return None
         grown = [t for t in outputs.values() if t.requires_grad]
         return torch.stack([t.sum() for t in grown]).sum() * float("nan")
-
-    def backward(self, loss: Tensor, name: str) -> None:
-        """One backward pass.
-
-        Args:
-            loss: a scalar, already divided by the counts of all processes.
-            name: of the objective.
-
-        Raises:
-            TrainingError: when it does not depend on the policy at all.
-        """
-        if not loss.requires_grad:
-            raise TrainingError(
-                f"step {self.progress.step + 1}: the loss of objective {name!r} has no gradient, so nothing can be "
-                f"learnt from it; likely causes: .detach() or torch.no_grad() around the policy's log-probs in an objective of "
-                f"your own, or a callback or reward function that switched gradients off"
-            )
-        # DistributedDataParallel averages gradients over processes; the denominators are global already
-        self.processes.accelerator.backward(loss * self.processes.world_size)
 
     # -- kept -----------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

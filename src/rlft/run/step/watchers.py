@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from rlft.types import Batch, LossOutput
 
-__all__ = ["Watcher"]
+__all__ = ["Watcher", "Watchers"]
 
 
 class Watcher:
-    """Override what you need; the trainer calls every watcher of its list at each optimizer step, in order.
+    """Override what you need; the trainer calls it at each optimizer step.
 
     Attributes:
         done: True once there is nothing left to watch: then it leaves the list.
@@ -57,3 +58,37 @@ class Watcher:
 
     def logged(self, values: Mapping[str, float]) -> None:
         """A row of metrics was written."""
+
+
+class Watchers:
+    """Who watches the steps of a run, in order. Only hooks that someone overrides are called.
+
+    Args:
+        listed: those that the settings ask for.
+
+    Attributes:
+        begins, saw, before_update, after_update, logged: the hooks to call, see :class:`Watcher`.
+    """
+
+    def __init__(self, listed: Iterable[Watcher]) -> None:
+        self._set(list(listed))
+
+    def __iter__(self) -> Iterator[Watcher]:
+        return iter(self._listed)
+
+    def _set(self, listed: list[Watcher]) -> None:
+        def hooks(name: str) -> list[Callable[..., Any]]:
+            return [getattr(one, name) for one in listed if getattr(type(one), name) is not getattr(Watcher, name)]
+
+        self._listed = listed
+        self.begins, self.saw, self.logged = hooks("begins"), hooks("saw"), hooks("logged")
+        self.before_update, self.after_update = hooks("before_update"), hooks("after_update")
+
+    def add(self, watcher: Watcher, *, first: bool = False) -> None:
+        """Let another one watch from the next step on, before or after the others."""
+        self._set([watcher, *self._listed] if first else [*self._listed, watcher])
+
+    def leave(self) -> None:
+        """Those that are done leave."""
+        if any(watcher.done for watcher in self._listed):
+            self._set([watcher for watcher in self._listed if not watcher.done])
