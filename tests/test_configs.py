@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rlft.run.setup.objective import objective_for
 
+from rlft import rules
 from rlft.config import Config, load_config
 from rlft.rewards import load_reward
-from rlft.run.setup import parts as setup
-from rlft import rules
 from rlft.trainer import Trainer
 from tests.results.runs import CONFIGS, DATA, SMALL, needs_data
 
@@ -30,7 +30,7 @@ def test_nothing_is_left_out() -> None:
 @pytest.mark.parametrize("path", RUNS, ids=str)
 def test_configuration_builds(path: Path) -> None:
     config = load_config(CONFIGS / path)
-    objective = setup.objective(config, None)
+    objective = objective_for(config, None)
     rules.check_settings(config, objective, online=bool(config.rewards))
     for reward in config.rewards:
         if not (isinstance(reward, str) and reward.startswith("runs/")):

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from rlft.run.setup.objective import objective_for
 
-from rlft import cli, losses, recipes
+from rlft import cli, losses, recipes, rules
 from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
-from rlft.run.setup import parts as setup
-from rlft import rules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -192,7 +191,7 @@ def test_yaml_is_a_configuration(tmp_path: Path) -> None:
         path = tmp_path / block.title
         path.write_text(block.text)
         config = load_config(path)
-        objective = setup.objective(config, None)
+        objective = objective_for(config, None)
         rules.check_settings(config, objective, online=bool(config.rewards))
         shown += 1
     assert shown >= 4

@@ -22,7 +22,6 @@ from rlft.checkpoint import CheckpointError, CheckpointVersionError
 from rlft.checkpoint._manifest import _sealed
 from rlft.doctor import diagnose, survey
 from rlft.errors import Interrupted
-from rlft.run.keep import record as provenance
 from rlft.runlock import RunLock, RunLockError
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -225,7 +224,7 @@ def test_it_shows_settings_versions_and_the_model(
     assert "max_grad_norm" not in said  # at its default
     assert "installed now" not in said
     assert "not exported yet" in shown(made["stopped"], capsys)
-    monkeypatch.setattr(provenance, "versions", lambda device: {"torch": "9.9", "device": "cpu"})
+    monkeypatch.setattr("rlft.run.keep.record.versions", lambda device: {"torch": "9.9", "device": "cpu"})
     assert f"installed now: torch {torch.__version__} -> 9.9" in shown(made["stopped"], capsys)
 
 

@@ -180,7 +180,7 @@ def test_held_out_prompts_without_a_score_are_no_steps(tmp_path: Path) -> None:
     )  # fmt: skip
     values = t.train()
     assert t.step == 2
-    assert t.unscored_steps == 0
+    assert t.counts.unscored_steps == 0
     assert values["eval_rewards/unscored_fraction"] == 1.0
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rlft import Trainer, losses, recipes
 from rlft.config import load_config
-from rlft.run.setup import comparison_settings as pairwise_rules
+from rlft.rules.comparisons import plays, wants_pairs
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -71,7 +71,7 @@ def rows_for(objective: Any) -> list[dict[str, Any]]:
         return PAIRS
     if "labels" in needs:
         return THUMBS
-    if pairwise_rules.plays(objective):
+    if plays(objective):
         return PROMPTS
     if {"rewards", "advantages", "returns", "weights", "group_ids"} & needs:
         of_policy = objective.on_policy_only or "behaviour_log_ratio" in needs
@@ -103,7 +103,7 @@ def test_trains_from_yaml(tmp_path: Path, name: str) -> None:
         del settings["learning_rate"]  # the step has no optimizer
     if rows is PROMPTS:
         settings |= {"num_generations": 4, "per_device_train_batch_size": 8}
-        settings |= {"mixture_coef": 0.5} if pairwise_rules.plays(objective) else {}
+        settings |= {"mixture_coef": 0.5} if plays(objective) else {}
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(settings))
     scorer = "scores" in objective.needs
@@ -124,7 +124,7 @@ def test_trains_from_yaml(tmp_path: Path, name: str) -> None:
 def of_pairs() -> list[str]:
     """Objectives on pairs of answers, but for those that train a reward model."""
     built = {name: recipes.build(name, **hyper_of(name)) for name in recipes.names()}
-    return [name for name, o in built.items() if pairwise_rules.wants_pairs(o) and "scores" not in o.needs]
+    return [name for name, o in built.items() if wants_pairs(o) and "scores" not in o.needs]
 
 
 def hyper_of(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.objective import Objective
-from rlft.run.step import update as guard
+from rlft.run.step.update import undo_for
 from tests.bad_input.common import ANSWERS, same, state, stops, trainer
 from tests.tiny import tiny_llama
 
@@ -172,8 +172,8 @@ def test_ordinary_settings_spend_no_copy() -> None:
         (Spoils, {"lr": 1e-3}, True),
     ]
     for kind, options, copied in groups:
-        assert (guard.undo_for(kind([weight], **options), norm=5.0) is not None) is copied, (kind, options)
-    assert guard.undo_for(torch.optim.SGD([weight], lr=1.0), norm=1e22) is not None
+        assert (undo_for(kind([weight], **options), norm=5.0) is not None) is copied, (kind, options)
+    assert undo_for(torch.optim.SGD([weight], lr=1.0), norm=1e22) is not None
 
 
 @pytest.mark.parametrize("save_steps", [1, 3])
@@ -260,7 +260,7 @@ def test_one_too_many_stops(tmp_path: Path) -> None:
     states = poison_steps(t, 1, 3)
     with pytest.raises(TrainingError, match="step 4: loss=nan"):
         t.train()
-    assert (t.step, t.nonfinite_steps) == (3, 1)
+    assert (t.step, t.update.nonfinite_steps) == (3, 1)
     assert same(states[3], state(t))
 
 
@@ -273,11 +273,11 @@ def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
     poison_steps(again, 4)
     with pytest.raises(TrainingError, match="step 5"):
         again.train()
-    assert again.nonfinite_steps == 1
+    assert again.update.nonfinite_steps == 1
     more = run(tmp_path, max_nonfinite_steps=2, max_steps=6)  # the limit may be raised for the same run
     poison_steps(more, 4)
     more.train()
-    assert (more.step, more.nonfinite_steps) == (6, 2)
+    assert (more.step, more.update.nonfinite_steps) == (6, 2)
 
 
 def test_outputs_that_are_not_finite_can_be_skipped_too(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_an_update_that_was_taken_back_can_be_skipped(tmp_path: Path) -> None:
     t.callbacks.append(lambda event, r, values: states.append(state(r)) if event == "step" else None)
     t.train()
     assert same(states[1], states[2])
-    assert t.nonfinite_steps == 1
+    assert t.update.nonfinite_steps == 1
 
 
 # -- the number itself ----------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from rlft import Trainer, losses
 from rlft.config import ConfigError
 from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
-from rlft.run import display
 from rlft.types import Batch
 from tests.test_trainer import PAIRS, PROMPTS, digest, digits_reward, settings, weights
 from tests.tiny import char_tokenizer, tiny_llama
+from tests.trainer.common import facts
 
 F64 = torch.float64
 STOPS = list(range(40, 90, 5))  # answers of many lengths
@@ -315,8 +315,9 @@ def test_the_average_moves_by_its_decay_and_plays(tmp_path: Path) -> None:
     for step in trail:
         for name in expected:
             expected[name] = 0.5 * expected[name] + 0.5 * step[f"model.{name}"]
-    assert t.average is not None
-    state = t.average.state()
+    average = t.parts.players.average
+    assert average is not None
+    state = average.state()
     assert state.keys() == expected.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
@@ -391,9 +392,11 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
     theirs, ours = ([{k: v for k, v in r.items() if not k.startswith("meter/")} for r in digest(t, tmp_path / f)[1]]
                     for t, f in ((resumed, "cut"), (whole, "whole")))  # fmt: skip
     assert theirs == ours
-    if whole.average is not None:
-        assert resumed.average is not None
-        assert all(torch.equal(value, resumed.average.state()[n]) for n, value in whole.average.state().items())
+    averages = [t.parts.players.average for t in (whole, resumed)]
+    assert (None not in averages) is ("opponent_ema_decay" in extra)
+    if averages[0] is not None:
+        one, other = (average.state() for average in averages)
+        assert all(torch.equal(value, other[n]) for n, value in one.items())
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------------
@@ -479,17 +482,17 @@ def test_a_judge_that_never_answers_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_run_says_what_is_compared(tmp_path: Path) -> None:
-    rows = display.facts(run(tmp_path, "dpo", beta=0.1, pair_selection="all", pair_min_gap=0.5))
+    rows = facts(run(tmp_path, "dpo", beta=0.1, pair_selection="all", pair_min_gap=0.5))
     assert rows["pairs"] == "all pairs, more than 0.5 apart; by rewards"
     assert rows["rewards"] == "digits_reward"
-    rows = display.facts(run(tmp_path, "ipo_md", beta=0.1, mixture_coef=0.25, judge=longer))
+    rows = facts(run(tmp_path, "ipo_md", beta=0.1, mixture_coef=0.25, judge=longer))
     assert (
         rows["pairs"] == "best against worst, ties left out; by judge longer; answers from policy^0.75 x reference^0.25"
     )
     assert "rewards" not in rows
-    rows = display.facts(run(tmp_path, "nash_md_pg", beta=0.1, opponent_ema_decay=0.9))
+    rows = facts(run(tmp_path, "nash_md_pg", beta=0.1, opponent_ema_decay=0.9))
     assert rows["opponent"] == "moving average of the policy, decay 0.9; by Bradley-Terry on the rewards"
-    assert display.facts(run(tmp_path, "sft", keep="best"))["kept"] == "the best of 4"
+    assert facts(run(tmp_path, "sft", keep="best"))["kept"] == "the best of 4"
 
 
 def test_a_function_that_cannot_compare_is_no_judge(tmp_path: Path) -> None:

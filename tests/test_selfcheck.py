@@ -18,10 +18,8 @@ from torch import nn
 from rlft import checkpoint
 from rlft.config import SELF_CHECKS, Config, ConfigError, load_config
 from rlft.errors import Interrupted, TrainingError
-from rlft.run import display
-from rlft.run.checks import before as selfcheck
-from rlft.run.checks import first_step
-from rlft.run.keep import checkpoints as _state
+from rlft.run.checks import before
+from rlft.run.checks.first_step import FirstStep, fingerprint, modules_of
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import BOS_ID, char_tokenizer, tiny_llama
 
@@ -38,6 +36,11 @@ def run(folder: Path, *names: str, kind: str = "sft", **extra: Any) -> Any:
     extra = {"beta": 0.1, **extra} if kind != "sft" else extra
     settings = {"max_steps": 1, "self_checks": only(*names), **extra}
     return trainer(folder, kind, rows, reward=reward, **settings)
+
+
+def watched(t: Any) -> bool:
+    """Whether a first step is still waited for."""
+    return any(isinstance(watcher, FirstStep) for watcher in t.watchers)
 
 
 def stops(t: Any, name: str, *words: str, applied: bool = False) -> None:
@@ -60,23 +63,23 @@ def test_a_sound_run_passes_all_and_says_what_they_cost(
     t.train()
     lines = [r.message for r in caplog.records if "self-checks" in r.message]
     assert [line.split(" in ")[0] for line in lines] == ["self-checks passed", "self-checks of the first step passed"]
-    assert all(f"{name} " in lines[0] for name in selfcheck.CHECKS)
-    assert {*selfcheck.CHECKS, "first_step", "gradients", "on_policy"} == set(SELF_CHECKS)
+    assert all(f"{name} " in lines[0] for name in t.self_checks.checks)
+    assert {*t.self_checks.checks, "first_step", "gradients", "on_policy"} == set(SELF_CHECKS)
     off = run(tmp_path / "off", kind=kind, **{**extra, "self_checks": False})
     off.train()
     assert same(state(t), state(off))  # looking changes nothing: weights, moments, random numbers
 
 
 def test_they_draw_no_random_number_and_take_little_time(tmp_path: Path) -> None:
-    selfcheck.before(run(tmp_path / "warm", kind="rloo", self_checks=True))  # what is imported on first use
+    run(tmp_path / "warm", kind="rloo", self_checks=True).self_checks.run()  # what is imported on first use
     t = run(tmp_path, kind="rloo", self_checks=True)
-    before, started = checkpoint.rng_state(), time.process_time()
-    selfcheck.before(t)
+    drawn, started = checkpoint.rng_state(), time.process_time()
+    t.self_checks.run()
     assert time.process_time() - started < 5
     after = checkpoint.rng_state()
-    assert before[1] == after[1]
-    assert before[0].keys() == after[0].keys()
-    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    assert drawn[1] == after[1]
+    assert drawn[0].keys() == after[0].keys()
+    assert all(torch.equal(value, after[0][name]) for name, value in drawn[0].items())
 
 
 def test_a_resumed_run_does_not_begin_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,10 +111,11 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_nothing_runs_when_all_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     t = run(tmp_path)
-    for name in selfcheck.CHECKS:
-        monkeypatch.setitem(selfcheck.CHECKS, name, lambda t: pytest.fail("was called"))
+    for name in t.self_checks.checks:
+        monkeypatch.setitem(t.self_checks.checks, name, lambda: pytest.fail("was called"))
+    monkeypatch.setattr(FirstStep, "__init__", lambda self, parts: pytest.fail("was made"))
     t.train()
-    assert t.first_step is None
+    assert not watched(t)
 
 
 # -- reference ----------------------------------------------------------------------------------------------------------------
@@ -176,18 +180,18 @@ def test_model_that_ignores_the_attention_mask(tmp_path: Path) -> None:
 def test_padding_of_a_reward_model(tmp_path: Path) -> None:
     model = tiny_llama(head="classifier", num_labels=1)
     t = trainer(tmp_path, "bradley_terry", PAIRS, model=model, self_checks=only("padding"))
-    assert selfcheck.padding(t) is None
+    assert t.self_checks.padding() is None
     layer = model.model.layers[1]
     layer.mlp = Mixing(layer.mlp)
-    assert "beside a longer row" in str(selfcheck.padding(t))
+    assert "beside a longer row" in str(t.self_checks.padding())
 
 
 def test_spoilt_weights_are_not_called_a_matter_of_padding(tmp_path: Path) -> None:
     t = run(tmp_path, "padding")
-    assert selfcheck.padding(t) is None
+    assert t.self_checks.padding() is None
     with torch.no_grad():
         t.policy.hf_model.lm_head.weight.fill_(float("nan"))
-    assert "must be finite" in str(selfcheck.padding(t))
+    assert "must be finite" in str(t.self_checks.padding())
 
 
 # -- sample -------------------------------------------------------------------------------------------------------------------
@@ -198,13 +202,13 @@ def test_answers_without_a_trained_end(tmp_path: Path) -> None:
     object.__setattr__(t.train_data, "examples", masked)
     stops(t, "sample", "should end with a trained end token (one of [2])", "never learn to stop", "end_token_ids")
     object.__setattr__(t.train_data, "examples", [masked[0], *examples[1:]])
-    assert selfcheck.sample(t) is None  # one row is the data's own matter
+    assert t.self_checks.sample() is None  # one row is the data's own matter
 
 
 def test_two_bos(tmp_path: Path) -> None:
     t = trainer(tmp_path, "sft", ANSWERS, processing_class=char_tokenizer(add_bos=True), self_checks=only("sample"))
     assert all(e.prompt_ids.count(BOS_ID) == 1 for e in t.train_data.examples)
-    assert selfcheck.sample(t) is None
+    assert t.self_checks.sample() is None
     doubled = [replace(e, prompt_ids=[BOS_ID, *e.prompt_ids]) for e in t.train_data.examples]
     object.__setattr__(t.train_data, "examples", doubled)
     stops(t, "sample", "should hold one BOS token ('<bos>'), got 2 in row", "the chat template")
@@ -268,16 +272,16 @@ def test_a_lora_target_that_matches_nothing(tmp_path: Path) -> None:
 # -- memory -------------------------------------------------------------------------------------------------------------------
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     t = run(tmp_path, "memory")
-    real = selfcheck._free_memory(torch.device("cpu"))
+    real = before._free_memory(torch.device("cpu"))
     assert real is None or real > 1 << 20
-    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(before, "_free_memory", lambda device: 1 << 10)
     stops(t, "memory", "1 KiB are free", "Lower per_device_train_batch_size (now 4)", "gradient_checkpointing: true")
-    assert "use_peft: true" in str(selfcheck.memory(t))
-    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: None)
-    assert selfcheck.memory(t) is None
-    needed = sum(v for k, v in display.peak_memory(t).items() if k not in ("weights", "reference"))
-    monkeypatch.setattr(selfcheck, "_free_memory", lambda device: int(needed * 0.6))
-    assert selfcheck.memory(t) is None  # within the error of the estimate: told, not refused
+    assert "use_peft: true" in str(t.self_checks.memory())
+    monkeypatch.setattr(before, "_free_memory", lambda device: None)
+    assert t.self_checks.memory() is None
+    needed = sum(v for k, v in before.peak_memory(t.parts).items() if k not in ("weights", "reference"))
+    monkeypatch.setattr(before, "_free_memory", lambda device: int(needed * 0.6))
+    assert t.self_checks.memory() is None  # within the error of the estimate: told, not refused
     assert "a rough estimate" in caplog.text
 
 
@@ -288,12 +292,12 @@ def test_free_memory_of_a_container(tmp_path: Path) -> None:
         "memory.stat": "anon 500\nfile 400\n",
     }.items():
         (tmp_path / name).write_text(text)
-    assert selfcheck._cgroup(tmp_path) == 500
+    assert before._cgroup(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert selfcheck._cgroup(tmp_path) is None
-    assert selfcheck._cgroup(tmp_path / "missing") is None
+    assert before._cgroup(tmp_path) is None
+    assert before._cgroup(tmp_path / "missing") is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   7 kB\n")
-    assert selfcheck._meminfo(tmp_path / "meminfo") == 7 * 1024
+    assert before._meminfo(tmp_path / "meminfo") == 7 * 1024
 
 
 # -- dry checkpoint -----------------------------------------------------------------------------------------------------------
@@ -301,7 +305,7 @@ def test_the_rehearsal_leaves_nothing(tmp_path: Path) -> None:
     t = run(tmp_path)
     (tmp_path / "run").mkdir()
     t.callbacks.append(lambda event, run, values: pytest.fail("a rehearsal is no save") if event == "save" else None)
-    assert selfcheck.dry_checkpoint(t) is None
+    assert t.self_checks.dry_checkpoint() is None
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -337,7 +341,7 @@ def test_rehearsals_are_not_counted_with_saves(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RLFT_FAILPOINT", "checkpoint.manifest.write.before:1:oserror:ENOSPC")
     t = run(tmp_path)
     (tmp_path / "run").mkdir()
-    assert _state.rehearse(t) is None
+    assert t.checkpoints.rehearse() is None
 
 
 # -- the first step -----------------------------------------------------------------------------------------------------------
@@ -408,9 +412,9 @@ def test_a_run_goes_on_without_their_gradients_where_that_is_said(tmp_path: Path
 
 def test_modules_are_named_by_their_longest_common_part() -> None:
     trained = ["a.b.w", "a.b.v", "a.c.w", "d", "e.w", "e.v"]
-    assert first_step.modules_of(["a.b.w", "a.b.v", "d"], trained) == ["a.b (2 tensors)", "d"]
-    assert first_step.modules_of(["a.b.w", "a.b.v", "a.c.w", "e.v"], trained) == ["a (3 tensors)", "e.v"]
-    assert first_step.modules_of(["ab"], ["ab", "abc"]) == ["ab"]
+    assert modules_of(["a.b.w", "a.b.v", "d"], trained) == ["a.b (2 tensors)", "d"]
+    assert modules_of(["a.b.w", "a.b.v", "a.c.w", "e.v"], trained) == ["a (3 tensors)", "e.v"]
+    assert modules_of(["ab"], ["ab", "abc"]) == ["ab"]
 
 
 def test_a_frozen_tensor_that_moves(tmp_path: Path) -> None:
@@ -478,7 +482,7 @@ def test_counts_of_every_averaging(tmp_path: Path, objective: str, rows: Any, re
     extra = {"gradient_accumulation_steps": 2} if reward is None else {}
     t = trainer(tmp_path, objective, rows, reward=reward, max_steps=1, self_checks=only("first_step"), **hyper, **extra)
     t.train()
-    assert t.first_step is None
+    assert not watched(t)
 
 
 def test_a_step_without_gradient_proves_nothing(tmp_path: Path) -> None:
@@ -493,7 +497,7 @@ def test_a_step_without_gradient_proves_nothing(tmp_path: Path) -> None:
         tmp_path, "rloo", PROMPTS, reward=flat_then_varied, beta=0.0, self_checks=only("first_step"), max_steps=2
     )  # fmt: skip
     waiting: list[bool] = []
-    t.callbacks.append(lambda event, run, values: waiting.append(t.first_step is not None) if event == "step" else None)
+    t.callbacks.append(lambda event, run, values: waiting.append(watched(t)) if event == "step" else None)
     t.train()
     assert waiting == [True, False]
 
@@ -538,19 +542,19 @@ def test_dropout_while_training(tmp_path: Path) -> None:
 def test_a_fingerprint_sees_any_bit(dtype: torch.dtype, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     tensor = (torch.randn(size, generator=generator) > 0).to(dtype)
-    before = first_step.fingerprint(tensor)
-    assert torch.equal(before, first_step.fingerprint(tensor.clone()))
-    assert torch.equal(before, first_step.fingerprint(torch.stack([tensor, tensor], 1)[:, 1]))  # whatever the strides
+    before = fingerprint(tensor)
+    assert torch.equal(before, fingerprint(tensor.clone()))
+    assert torch.equal(before, fingerprint(torch.stack([tensor, tensor], 1)[:, 1]))  # whatever the strides
     raw = tensor.view(torch.uint8)
     for place in {0, raw.numel() // 2, raw.numel() - 1}:
         raw[place] ^= 1
-        assert not torch.equal(before, first_step.fingerprint(tensor))
+        assert not torch.equal(before, fingerprint(tensor))
         raw[place] ^= 1
     odd = torch.zeros(size + 1, dtype=dtype)[1:]
     odd.copy_(tensor)
-    assert torch.equal(before, first_step.fingerprint(odd))
+    assert torch.equal(before, fingerprint(odd))
 
 
 def test_a_fingerprint_sees_exchanged_rows() -> None:
     rows = torch.randn(8, 4096)
-    assert not torch.equal(first_step.fingerprint(rows), first_step.fingerprint(rows.flip(0)))
+    assert not torch.equal(fingerprint(rows), fingerprint(rows.flip(0)))

@@ -19,11 +19,12 @@ from rlft import Trainer, losses
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.rollout import Rollout
-from rlft.run.step.trust_region import TrustStep
+from rlft.run.step.trust_region import TrustRegion
 from rlft.trust_region import flatten
 from rlft.types import Batch
 from tests.models.oracle import alone, pick, trained_lora
 from tests.tiny import EOS_ID, char_tokenizer, tiny_llama
+from tests.trainer.common import facts
 
 PROMPTS = [{"prompt": f"{i}="} for i in range(8)]
 
@@ -212,7 +213,7 @@ def test_a_critic_learns_by_the_optimizer_and_the_policy_by_the_trust_region(tmp
 def test_a_step_that_is_refused_leaves_every_bit_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrustStep, "_kl", lambda self: 1.0)
+    monkeypatch.setattr(TrustRegion, "_kl", lambda self: 1.0)
     t = trainer(tmp_path / "run", objective_args={"max_backtracks": 2})
     before = weights(t)
     t.train()
@@ -223,10 +224,10 @@ def test_a_step_that_is_refused_leaves_every_bit_and_the_run_goes_on(
 
 
 def test_an_error_inside_the_line_search_leaves_every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: TrustStep) -> float:
+    def broken(self: TrustRegion) -> float:
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(TrustStep, "_kl", broken)
+    monkeypatch.setattr(TrustRegion, "_kl", broken)
     t = trainer(tmp_path / "run")
     before = weights(t)
     with pytest.raises(RuntimeError, match="lost"):
@@ -300,8 +301,6 @@ def test_without_rewards_and_with_an_optimizer_it_is_refused(tmp_path: Path) -> 
 
 
 def test_the_table_says_how_it_steps(tmp_path: Path) -> None:
-    from rlft.run.display import facts
-
     rows = facts(trainer(tmp_path / "run", objective_args={"max_kl": 0.02}))
     assert "KL(old, new) <= 0.02" in rows["step"]
     assert "no optimizer" in rows["steps"]

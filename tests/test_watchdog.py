@@ -14,8 +14,8 @@ from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.rollout import Rollout, make_sampler
-from rlft.run.step import sampler_trust as watchdog
-from rlft.run.step import sampling as online
+from rlft.run.step.answers import sampling_params
+from rlft.run.step.sampler_trust import EXACT, ROUGH, SamplerTrust
 from tests.bad_input.common import ANSWERS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import char_tokenizer
 
@@ -23,17 +23,21 @@ MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_di
 
 
 class Faulty:
-    """A sampler around the run's own, with one fault.
+    """A sampler around the built-in one, with one fault.
 
     Args:
-        t: the run.
         change: takes this, a function that samples as it should, and the parameters; gives the rollout.
+
+    Attributes:
+        trainer, inner: the run and a sampler of its policy; set once the run is built.
     """
 
     reads_live_weights = True
+    trainer: Any
+    inner: Any
 
-    def __init__(self, t: Any, change: Any) -> None:
-        self.trainer, self.inner, self.change = t, t.sampler, change
+    def __init__(self, change: Any) -> None:
+        self.change = change
         self.kept: Any = None
 
     def sample(self, prompt_ids: Sequence[Sequence[int]], n: int, params: Any, **kwargs: Any) -> Rollout:
@@ -42,10 +46,11 @@ class Faulty:
 
 def run(folder: Path, change: Any = None, *, kind: str = "builtin", objective: str = "rloo", **extra: Any) -> Any:
     settings = {"self_checks": False, "max_steps": 4, "beta": 0.1, "learning_rate": 0.05, **extra}
-    t = trainer(folder, objective, PROMPTS, reward=varied, **settings)
-    t.sampler = make_sampler(kind, t.policy.hf_model, t.tokenizer)
-    if change is not None:
-        t.sampler = Faulty(t, change)
+    if change is None:
+        return trainer(folder, objective, PROMPTS, reward=varied, **{"sampler": kind, **settings})
+    faulty = Faulty(change)
+    t = trainer(folder, objective, PROMPTS, reward=varied, sampler=faulty, **settings)
+    faulty.trainer, faulty.inner = t, make_sampler(kind, t.policy.hf_model, t.tokenizer)
     return t
 
 
@@ -151,17 +156,16 @@ def test_a_bound_of_ones_own_and_the_off_switch(tmp_path: Path) -> None:
 
 def test_bounds(tmp_path: Path) -> None:
     t = run(tmp_path)
-    assert watchdog.bound(t) == watchdog.EXACT == 1e-3
-    t.config.sampler_correction = {"cap": 2.0}  # a difference that is known
-    assert watchdog.bound(t) == watchdog.ROUGH == 0.1
-    t.config.sampler_correction = None
-    t.config.mixed_precision = "bf16"
-    assert watchdog.bound(t) == watchdog.ROUGH
-    t.config.mixed_precision = "no"
-    t.sampler = object()  # a server, another engine
-    assert watchdog.bound(t) == watchdog.ROUGH == 0.1
-    t.config.sampler_check_bound = 0.5
-    assert watchdog.bound(t) == 0.5
+
+    def bound(*, sampler: Any = t.sampler, **settings: Any) -> float:
+        parts = replace(t.parts, config=replace(t.config, **settings), sampler=sampler)
+        return SamplerTrust(parts, t.micro_batches).bound
+
+    assert t.sampling.trust.bound == bound() == EXACT == 1e-3
+    assert bound(sampler_correction={"cap": 2.0}) == ROUGH == 0.1  # a difference that is known
+    assert bound(mixed_precision="bf16") == ROUGH
+    assert bound(sampler=object()) == ROUGH == 0.1  # a server, another engine
+    assert bound(sampler=object(), sampler_check_bound=0.5) == 0.5
 
 
 def test_settings_that_do_nothing_are_refused(tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(tmp_path: Path) 
     t = run(tmp_path, temperature=0.8)
     tokenizer = char_tokenizer()
     prompts, answers = [tokenizer("1+1=").input_ids, tokenizer("22+2=").input_ids], [[20, 21, 2], [22]]
-    params = replace(online.sampling_params(t), top_k=40)
+    params = replace(sampling_params(t.config), top_k=40)
     expected = []
     for prompt, answer in zip(prompts, answers, strict=True):
         logits = t.policy.hf_model(torch.tensor([[*prompt, *answer]])).logits[0].double() / 0.8
@@ -188,9 +192,9 @@ def test_the_tokens_that_are_scored_are_those_that_were_sampled(tmp_path: Path) 
             row = logits[place]
             kept = row.topk(40).values
             expected.append(row[token] - kept.logsumexp(-1) if row[token] >= kept[-1] else row.new_tensor(-torch.inf))
-    got = watchdog.policy_logps(t, prompts, answers, params)
+    got = t.sampling.trust.policy_logps(prompts, answers, params)
     torch.testing.assert_close(got, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
-    plain = watchdog.policy_logps(t, prompts, answers, replace(params, top_k=0))
+    plain = t.sampling.trust.policy_logps(prompts, answers, replace(params, top_k=0))
     exact = torch.cat(
         [
             (t.policy.hf_model(torch.tensor([[*p, *a]])).logits[0, len(p) - 1 : -1].double() / 0.8)

@@ -109,9 +109,7 @@ def _train(args: argparse.Namespace) -> int:
 
     trainer = Trainer(args=config)
     if args.dry_run:
-        from rlft.run import display
-
-        display.start(trainer, resumed=False)
+        trainer.show()
         return 0
     trainer.train()
     return 0

@@ -28,9 +28,8 @@ from rlft.rollout import fold_seed
 from rlft.run import display
 from rlft.run.checks.first_step import FirstStep
 from rlft.run.setup import arguments
-from rlft.run.setup.build import Given, build
-from rlft.run.setup.objective import objective_for
-from rlft.run.setup.wiring import Connected
+from rlft.run.setup.build import Given, build, objective_for
+from rlft.run.wiring import Connected
 from rlft.types import Batch
 
 __all__ = ["Trainer"]
@@ -143,9 +142,7 @@ class Trainer(Connected):
             offset = self.checkpoints.resume(resume_from_checkpoint)
             if self.kl_control is not None:
                 self.objective = self.kl_control.steered(self.objective)
-            if self.is_main and not self.config.disable_tqdm:
-                about = {"kl_control": self.kl_control, "sampling": self.sampling, "trust_region": self.trust_region}
-                display.start(self.parts, display.facts(self.parts, **about), resumed=offset is not None)
+            self.show(resumed=offset is not None)
             if self.state.finished:
                 self.export.finish(again=False)  # the run may have been killed between its last checkpoint and this
                 self.journal.say(f"this run is complete ({self.step} steps); nothing to do")
@@ -411,6 +408,12 @@ class Trainer(Connected):
         self.journal.write(values)
         self.callback_handler.call("log", values)
 
+    def show(self, *, resumed: bool = False) -> None:
+        """Print what this run optimises, on what and with what, and one row as it is trained on; not where it is quiet."""
+        if self.is_main and not self.config.disable_tqdm:
+            about = {"kl_control": self.kl_control, "sampling": self.sampling, "trust_region": self.trust_region}
+            display.start(self.parts, display.facts(self.parts, **about), resumed=resumed)
+
     def save_model(self, folder: str | Path) -> None:
         """The trained adapters, or the whole model, with the tokenizer: loads in transformers and peft.
 
@@ -428,8 +431,6 @@ class Trainer(Connected):
 
     def poll(self, *, boundary: bool = False) -> None:
         """Stop where a signal asked for it, to this process or another: all of them leave at the same step.
-
-        Called between steps and micro-batches, and inside sampling, rewards and evaluation.
 
         Args:
             boundary: every process calls this at the same place, so that they decide it there. Collective.

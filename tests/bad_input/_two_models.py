@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rlft.run.processes import processes as meeting
+from rlft.run.processes import launch
 from tests.bad_input._two_case import CHAT, NAN, ONE, Hold, add, case, chatty
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, trainer
 from tests.bad_input.test_rows_of_models import _reversed_tokenizer, adapter, classifier
@@ -108,12 +108,12 @@ def _old_card(folder: Path, met: bool, hold: Hold) -> None:
     if met:
         torch.cuda.is_available, torch.cuda.is_bf16_supported = (lambda: True), (lambda *a, **k: False)
         torch.cuda.get_device_name = lambda *a, **k: "an old card"
-    waited, meeting.SECONDS = meeting.SECONDS, 3
+    waited, launch.SECONDS = launch.SECONDS, 3
     try:
         hold.trainer = trainer(folder, "sft", ANSWERS, mixed_precision="bf16")
     finally:
         torch.cuda.is_available, torch.cuda.is_bf16_supported, torch.cuda.get_device_name = kept
-        meeting.SECONDS = waited
+        launch.SECONDS = waited
 
 
 add(57, "bf16 on an old card", "refused", _old_card, whose=ONE, told=False,

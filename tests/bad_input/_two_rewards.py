@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlft.run.step import generation_counts as tally
+from rlft.run.step import generation_counts
 from tests.bad_input._two_case import EACH, NAN, Hold, add, fails
 from tests.bad_input.common import ANSWERS, PROMPTS, trainer, varied
 
@@ -115,13 +115,13 @@ add(36, "all None for 2 steps here", "trains", unscored, whose=("first", "second
 
 
 def equal(folder: Path, met: bool, hold: Hold) -> None:
-    kept, tally.EQUAL_STEPS = tally.EQUAL_STEPS, 2
+    kept, generation_counts.EQUAL_STEPS = generation_counts.EQUAL_STEPS, 2
     try:
         wrong = Reward(lambda good: [0.5] * len(good), met)
         hold.trainer = trainer(folder, "rloo", PROMPTS, reward=wrong, beta=0.0, max_steps=4)
         hold.trainer.train()
     finally:
-        tally.EQUAL_STEPS = kept
+        generation_counts.EQUAL_STEPS = kept
 
 
 add(

@@ -17,7 +17,7 @@ from rlft import Trainer
 from rlft._json import loads
 from rlft.checkpoint._manifest import _sealed
 from rlft.errors import TrainingError
-from rlft.run.processes import processes as meeting
+from rlft.run.processes import launch
 from rlft.runlock import RunLock
 from tests.bad_input._two_case import Hold, add
 from tests.bad_input.common import ANSWERS, MODEL, RANKED, trainer
@@ -132,7 +132,7 @@ def _stream_changed(folder: Path, met: bool, hold: Hold) -> None:
         if os.environ["RANK"] == "0":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"streaming": True, "max_steps": 4, "per_device_train_batch_size": 70, "save_steps": 2, **extra}
-        meeting.meet()
+        launch.meet()
         torch.distributed.barrier()
         return trainer(folder, "sft", str(path), **settings)
 
@@ -239,13 +239,13 @@ add(77, "two runs in one folder", "refused", _locked, whose=("first",),
 
 # -- processes ------------------------------------------------------------------------------------------------------------
 def _meeting(folder: Path, met: bool, hold: Hold, *, comes: bool = True) -> None:
-    waited, meeting.SECONDS = meeting.SECONDS, 3
+    waited, launch.SECONDS = launch.SECONDS, 3
     try:
         if not comes and met:
             raise TrainingError("never came")
         hold.trainer = trainer(folder, "sft", ANSWERS)
     finally:
-        meeting.SECONDS = waited
+        launch.SECONDS = waited
 
 
 def _port_in_use(folder: Path, met: bool, hold: Hold) -> None:

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from rlft import cli
-from rlft.run.processes import processes as meeting
+from rlft.run.processes import launch
 from tests.bad_input._two_case import NAN, ONE, Hold, add, case
 from tests.bad_input.common import RANKED, trainer, varied
 
@@ -72,11 +72,11 @@ case(56, "accumulation 0", "refused", "sft", gradient_accumulation_steps=0,
 
 def impatient(folder: Path, met: bool, hold: Hold) -> None:
     """Settings are refused before processes meet: the other one waits for as long as processes wait at the start."""
-    waited, meeting.SECONDS = meeting.SECONDS, 3
+    waited, launch.SECONDS = launch.SECONDS, 3
     try:
         hold.trainer = trainer(folder, "sft", None, **({"learning_rat": 0.1} if met else {}))
     finally:
-        meeting.SECONDS = waited
+        launch.SECONDS = waited
 
 
 add(53, "misspelt key here", "refused", impatient, whose=("first", "second"), told=False,

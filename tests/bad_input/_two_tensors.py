@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlft import Trainer
-from rlft.run.processes import processes as meeting
+from rlft.run.processes import launch
 from rlft.types import Batch
 from tests.bad_input._two_case import BOTH, EACH, NAN, ONE, Hold, add, fails
 from tests.bad_input.common import ANSWERS, RANKED, trainer
@@ -154,7 +154,7 @@ def own_loop(row: int, what: str, end: str, name: str, spoil: Callable[[dict[str
     """Both processes call the loss in an initialised group and add their gradients up, as a training loop does."""
 
     def run(folder: Path, met: bool, hold: Hold) -> None:
-        meeting.meet()
+        launch.meet()
         x = tensors()
         if met:
             spoil(x)

@@ -31,9 +31,12 @@ def varied(completions: list[str], completion_ids: list[list[int]], **columns: A
 
 
 def trainer(folder: Path, objective: str, rows: Any, *, model: Any = None, reward: Any = None, **extra: Any) -> Trainer:
-    """A run that would work, but for what the test changes: ``extra`` holds settings and arguments of the Trainer."""
+    """A run that would work, but for what the test changes: ``extra`` holds settings and arguments of the Trainer.
+
+    A sampler by name is a setting, any other an argument.
+    """
     names = ("peft_config", "ref_model", "processing_class", "eval_dataset", "optimizers", "callbacks", "sampler")
-    arguments = {name: extra.pop(name) for name in names if name in extra}
+    arguments = {n: extra.pop(n) for n in names if n in extra and (n != "sampler" or not isinstance(extra[n], str))}
     arguments.setdefault("processing_class", char_tokenizer())
     given = extra.pop("objective_given", None)
     online = {"num_generations": 4, "per_device_train_batch_size": 8} if reward is not None else {}

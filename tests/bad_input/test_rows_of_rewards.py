@@ -14,7 +14,7 @@ import torch
 from rlft.config import ConfigError
 from rlft.errors import TrainingError
 from rlft.rewards import RewardError
-from rlft.run.step import generation_counts as tally
+from rlft.run.step import generation_counts
 from tests.bad_input.common import (
     PROMPTS,
     RANKED,
@@ -218,7 +218,7 @@ def test_bad_input_43_equal_rewards_in_a_group(tmp_path: Path, caplog: pytest.Lo
 def test_bad_input_44_all_groups_equal_for_many_steps(
     tmp_path: Path, objective: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "EQUAL_STEPS", 3)
+    monkeypatch.setattr(generation_counts, "EQUAL_STEPS", 3)
     reward = Later(lambda good: [0.5] * len(good), at=0)
     reward.at = 2  # two good generations first: the count begins with the first bad one
     with caplog.at_level(logging.WARNING, "rlft"):

@@ -244,17 +244,17 @@ def test_bad_input_82_resume_after_completion(tmp_path: Path, capsys: pytest.Cap
 _START = """
 import sys, time
 from rlft import cli
-from rlft.run.processes import processes as meeting
-meeting.SECONDS = 4
+from rlft.run.processes import launch
+launch.SECONDS = 4
 
-def timed(meet=meeting.meet):
+def timed(meet=launch.meet):
     started = time.monotonic()
     try:
         meet()
     finally:
         print(time.monotonic() - started)
 
-meeting.meet = timed
+launch.meet = timed
 sys.exit(cli.main(["train", "objective=sft", "model=nowhere", "train_data=nowhere.jsonl", "report_to=[]"]))
 """
 

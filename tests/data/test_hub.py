@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 import pytest
 
-from rlft.config import ConfigError, load_config
+from rlft.config import Config, ConfigError, load_config
 from rlft.data import load_rows, stream_rows
 from rlft.data.hub import HubRows, is_hub_name
-from rlft.run.setup import models as parts
+from rlft.run.setup.data import load_setting
 from tests.trainer.common import resumed_equals_whole, run
 
 NAME = "acme/sums"
@@ -163,9 +163,9 @@ def test_a_configuration_of_nothing_is_refused(
     hub: Path, tmp_path: Path, name: str, settings: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows(0, 1)[0]) + "\n")
-    config = parts.Config.from_dict(settings)
+    config = Config.from_dict(settings)
     with pytest.raises(ConfigError, match=message):
-        parts.load(config, name, None)
+        load_setting(config, name, None)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

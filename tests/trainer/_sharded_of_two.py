@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from rlft import Trainer, checkpoint
 from rlft.errors import Interrupted
-from rlft.run.setup import parts as setup
+from rlft.run.setup import build
 from tests.tiny import char_tokenizer, tiny_llama
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(16)]
@@ -58,18 +58,18 @@ def shard(on: bool) -> None:
 @contextlib.contextmanager
 def sharded(on: bool) -> Any:
     """The accelerator of the next Trainer spreads weights, or not."""
-    real = setup.accelerator_for
+    real = build.accelerator_for
 
     def accelerator_for(config: Any) -> Any:
         accelerator = real(config)
         shard(on)
         return accelerator
 
-    setup.accelerator_for = accelerator_for
+    build.accelerator_for = accelerator_for
     try:
         yield
     finally:
-        setup.accelerator_for = real
+        build.accelerator_for = real
 
 
 def run(folder: Path, kind: str, *, on: bool, stop: bool = False) -> Trainer:

@@ -69,15 +69,23 @@ def slow(t: Trainer, place: str, begin: Callable[[], None]) -> None:
             time.sleep(0.05)
 
     sample, forward, compute = t.sampler.sample if t.sampler else None, t.forward, t.compute_loss
+    evaluate, evaluations = t.evaluate, list[int]()
+
+    def noted_evaluation(*args: Any) -> Any:
+        evaluations.append(t.step)
+        try:
+            return evaluate(*args)
+        finally:
+            evaluations.pop()
 
     def slow_sample(*args: Any, **options: Any) -> Any:
-        if t.step == AT and t.evaluating is (place == "evaluation"):
+        if t.step == AT and bool(evaluations) is (place == "evaluation"):
             wait()
         assert sample is not None
         return sample(*args, **options)
 
     def slow_forward(*args: Any) -> Any:
-        if t.step == AT and t.evaluating:
+        if t.step == AT and evaluations:
             begin()
             time.sleep(LONG / 12)
         return forward(*args)
@@ -88,6 +96,7 @@ def slow(t: Trainer, place: str, begin: Callable[[], None]) -> None:
             time.sleep(LONG / 12)
         return compute(*args)
 
+    t.evaluate = noted_evaluation  # pyright: ignore[reportAttributeAccessIssue]
     if place in ("sampling", "evaluation"):
         t.sampler.sample = slow_sample
     elif place == "offline evaluation":

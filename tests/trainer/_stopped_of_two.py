@@ -72,11 +72,11 @@ def main(folder: Path) -> None:
     for kind in KINDS:
         whole = run(folder / "whole", kind)
         cut = run(folder / "cut", kind, stop=True)
-        stopped = {"step": cut.step, "rollouts": cut.rollouts}
+        stopped = {"step": cut.step, "generations": cut.state.generations}
         torch.manual_seed(123)  # whatever a new process drew before
         resumed = run(folder / "cut", kind)
         said[kind] = {
-            "stopped": stopped, "rollouts": [whole.rollouts, resumed.rollouts], "bits": [bits(whole), bits(resumed)],
+            "stopped": stopped, "generations": [t.state.generations for t in (whole, resumed)], "bits": [bits(whole), bits(resumed)],
         }  # fmt: skip
         run(folder / "fewer", kind, stop=True)
         with warnings.catch_warnings(record=True) as caught:

@@ -14,6 +14,7 @@ import torch
 from rlft import Trainer, checkpoint
 from rlft.config import load_config
 from rlft.errors import Interrupted
+from rlft.run import display
 from tests.tiny import char_tokenizer, tiny_llama
 
 PROMPTS = [{"prompt": f"{i}+{i}="} for i in range(12)]
@@ -47,6 +48,11 @@ def run(folder: Path, objective: str, *, kind: type[Trainer] = Trainer, **extra:
         reward_funcs=varied if online else None,
         **arguments,
     )
+
+
+def facts(t: Trainer) -> dict[str, str]:
+    """The rows of the table that is shown before a run."""
+    return display.facts(t.parts, kl_control=t.kl_control, sampling=t.sampling, trust_region=t.trust_region)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

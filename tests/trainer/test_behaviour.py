@@ -210,7 +210,7 @@ class Watched(Trainer):
             mine = logits_of(self.policy.hf_model, batch, self.config.temperature)
             ref = logits_of(self.policy.reference_model, batch, self.config.temperature)
             mu = logits_of(self.sampled_from, batch, self.config.temperature)
-            outputs = self.forward(batch, self._wanted(batch))
+            outputs = self.forward(batch, self.passes.wanted(batch, self.objective))
         flat = batch.completion_mask
         first = (mu.exp() * (mine - ref)).sum(-1)
         assert torch.allclose(outputs["behaviour_log_ratio"][flat], first, atol=1e-5)

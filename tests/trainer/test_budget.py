@@ -12,9 +12,8 @@ from torch import Tensor
 from rlft import Config, Trainer
 from rlft.config import ConfigError
 from rlft.models import ModelReward, Policy, RewardScorer
-from rlft.run.step import micro_batches as micro
-from rlft.run.step import passes as constants
-from rlft.run.step import update as guard
+from rlft.run.processes.processes import Processes
+from rlft.run.step.micro_batches import by_rows, by_tokens
 from rlft.types import Batch
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 from tests.trainer.common import PAIRS, PROMPTS, resumed_equals_whole, run
@@ -114,7 +113,7 @@ def test_outputs_come_back_in_the_order_of_the_rows(
     want = frozenset({"logps", "ref_logps", "ref_states"})
     truth = t.policy(shuffled, want=want)
     seen = Seen(monkeypatch)
-    mine = constants.no_grad_outputs(t, shuffled, want)
+    mine = t.passes.outputs(shuffled, want)
     assert len(seen.sizes[False]) > 1
     for name, value in truth.items():
         assert mine[name].shape == value.shape
@@ -124,11 +123,11 @@ def test_outputs_come_back_in_the_order_of_the_rows(
 def test_passes_without_gradient_are_sorted_and_take_groups_whole_where_they_fit() -> None:
     batch = random_batch(groups=9, per_group=3, prompt_lengths=(1, 20), lengths=(1, 12), seed=3)
     for budget in (1, 20, 60, 100, 400):
-        pieces = micro.by_tokens(batch, budget, whole=False)
+        pieces = by_tokens(batch, budget, whole=False)
         assert sorted(torch.cat(pieces).tolist()) == list(range(batch.num_rows))
         for rows in pieces:
             assert padded_size(batch.select(rows)) <= budget or len(rows) == 1
-    whole = micro.by_tokens(batch, 100, whole=False)
+    whole = by_tokens(batch, 100, whole=False)
     at = {row: i for i, rows in enumerate(whole) for row in rows.tolist()}
     for group in range(9):
         rows = (batch.group_ids == group).nonzero()[:, 0]
@@ -138,9 +137,9 @@ def test_passes_without_gradient_are_sorted_and_take_groups_whole_where_they_fit
     def padding(pieces: list[Tensor]) -> int:
         return sum(padded_size(batch.select(rows)) for rows in pieces)
 
-    assert padding(micro.by_rows(batch, 6)) < padding(list(torch.arange(27).split(6)))
-    assert max(map(len, micro.by_rows(batch, 6))) == 6
-    assert sorted(torch.cat(micro.by_rows(batch, 2)).tolist()) == list(range(27))
+    assert padding(by_rows(batch, 6)) < padding(list(torch.arange(27).split(6)))
+    assert max(map(len, by_rows(batch, 6))) == 6
+    assert sorted(torch.cat(by_rows(batch, 2)).tolist()) == list(range(27))
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -231,26 +230,24 @@ def test_sharded_processes_make_as_many_passes_as_the_longest_of_them(
             max_tokens_per_micro_batch=BUDGET)  # fmt: skip
     batch = random_batch(groups=4, per_group=4, prompt_lengths=(1, 9), lengths=(1, 7), seed=5)
     want = frozenset({"logps"})
-    truth = constants.no_grad_outputs(t, batch, want)["logps"]
-    own = len(micro.without_gradient(t, batch))
+    truth = t.passes.outputs(batch, want)["logps"]
+    own = len(t.micro_batches.without_gradient(batch))
     asked: list[int] = []
 
     def others_have_more(counts: Tensor) -> Tensor:
         asked.append(int(counts))
         return torch.tensor([own + 3, int(counts)])
 
-    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(t.processes, "world_size", 2)
     monkeypatch.setattr(t.accelerator, "gather", others_have_more)
-    monkeypatch.setattr(t, "poll", lambda **_: None)
+    monkeypatch.setattr(t.processes, "poll", lambda **_: None)
     seen = Seen(monkeypatch)
-    constants.no_grad_outputs(t, batch, want)
+    t.passes.outputs(batch, want)
     assert (len(seen.sizes[False]), asked) == (own, []), "replicas do not wait"
-    monkeypatch.setattr(guard, "sharded", lambda trainer: True)
-    again = constants.no_grad_outputs(t, batch, want)["logps"]
+    monkeypatch.setattr(Processes, "sharded", True)
+    again = t.passes.outputs(batch, want)["logps"]
     assert (len(seen.sizes[False]), asked) == (2 * own + 3, [own])
     assert torch.equal(again, truth)
-    constants.no_grad_outputs(
-        t, batch, want, alone=True
-    )  # rows are counted: as many for every process with as many rows
-    assert len(seen.sizes[False]) == 2 * own + 3 + len(micro.by_rows(batch, t.plan.micro_batch_rows))
+    t.passes.outputs(batch, want, alone=True)  # rows are counted: as many for every process with as many rows
+    assert len(seen.sizes[False]) == 2 * own + 3 + len(by_rows(batch, t.plan.micro_batch_rows))
     assert asked == [own]

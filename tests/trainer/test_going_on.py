@@ -14,8 +14,8 @@ from rlft import Trainer, checkpoint
 from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.rewards import RewardError
-from rlft.run.checks import before as selfcheck
-from rlft.run.checks import first_step
+from rlft.run.checks.before import SelfChecks
+from rlft.run.checks.first_step import FirstStep
 from rlft.runlock import RunLockError
 from tests.reliability.runs import digest, newest
 from tests.tiny import char_tokenizer, tiny_llama
@@ -139,9 +139,12 @@ def test_a_checkpoint_of_another_folder_by_name(tmp_path: Path) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which checks a start ran."""
     said: list[str] = []
-    for module, name in ((selfcheck, "before"), (first_step, "watch")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda t, real=real, name=name: (said.append(name), real(t))[1])
+    kinds: tuple[tuple[str, Any, str], ...] = (("before", SelfChecks, "run"), ("watch", FirstStep, "__init__"))
+    for name, kind, method in kinds:
+        real = getattr(kind, method)
+        monkeypatch.setattr(
+            kind, method, lambda self, *given, real=real, name=name: (said.append(name), real(self, *given))[1]
+        )
     return said
 
 
@@ -187,18 +190,19 @@ def test_checks_of_the_first_step_wait_for_one_that_moves_the_weights_over_a_sto
     resumed = online(tmp_path)
     resumed.train()
     assert checked == ["watch"]
-    assert resumed.first_step is None
+    assert not any(isinstance(watcher, FirstStep) for watcher in resumed.watchers)
 
 
 def test_checkpoints_from_before_the_mark_count_as_checked(tmp_path: Path, checked: list[str]) -> None:
-    steps_of(tmp_path, stop=3)
+    steps_of(tmp_path, stop=3, self_checks=True)
+    assert checked == ["before", "watch"]
     found = checkpoint.load(tmp_path / "run" / "checkpoint-3")
     del found.records["trainer"]["checked"]
     checkpoint.save(
         tmp_path / "run", 3, tensors=found.tensors, records=found.records, config_hash=found.manifest.config_hash
     )
     checked.clear()
-    steps_of(tmp_path)
+    steps_of(tmp_path, self_checks=True)
     assert checked == []
 
 

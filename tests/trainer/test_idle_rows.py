@@ -12,8 +12,8 @@ from torch import Tensor
 from rlft import Trainer, recipes
 from rlft.models import Policy
 from rlft.objective import Objective
-from rlft.run.step import micro_batches as micro
-from rlft.run.step import passes as constants
+from rlft.run.step.micro_batches import MicroBatches
+from rlft.run.step.passes import Passes
 from rlft.types import Batch
 from tests.losses.cases import CASES
 from tests.test_trainer import weights
@@ -47,7 +47,7 @@ class BlankingPairs(Blanking):
     rows_in_pairs = True
 
 
-class Passes:
+class Seen:
     """Rows and scored tokens of every pass."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +66,10 @@ class Passes:
 
 
 def nothing_left_out(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(micro, "without_idle_rows", lambda trainer, batches: batches)
-    patch.setattr(micro, "unread", lambda trainer, batch: torch.zeros_like(batch.rewards, dtype=torch.bool)
+    patch.setattr(MicroBatches, "_without_idle_rows", lambda self, batches: batches)
+    patch.setattr(MicroBatches, "unread", lambda self, batch: torch.zeros_like(batch.rewards, dtype=torch.bool)
                   if batch.rewards is not None else torch.zeros(batch.num_rows, dtype=torch.bool))  # fmt: skip
-    patch.setattr(constants, "mask_only", lambda batch: frozenset())
+    patch.setattr("rlft.run.step.passes.mask_only", lambda batch: frozenset())
 
 
 def one_step(
@@ -125,7 +125,7 @@ def test_loss_gradient_and_metrics_are_those_with_every_row(
     ends, seen = [], []
     for drop in (True, False):
         with monkeypatch.context() as patch:
-            passes = Passes(patch)
+            passes = Seen(patch)
             if not drop:
                 nothing_left_out(patch)
             ends.append(one_step(tmp_path / str(drop), make(), rows, kind=kind))
@@ -162,7 +162,7 @@ def test_answers_without_an_end_are_in_no_pass(
     ends, seen = [], []
     for drop in (True, False):
         with monkeypatch.context() as patch:
-            passes = Passes(patch)
+            passes = Seen(patch)
             if not drop:
                 nothing_left_out(patch)
             ends.append(one_step(tmp_path / str(drop), recipes.build(name, **ONLINE[name]), PROMPTS, **truncated))
@@ -187,7 +187,7 @@ def test_rows_of_advantage_zero_are_in_no_pass_at_all(
     ends, seen = [], []
     for drop in (True, False):
         with monkeypatch.context() as patch:
-            passes = Passes(patch)
+            passes = Seen(patch)
             if not drop:
                 nothing_left_out(patch)
             ends.append(one_step(tmp_path / str(drop), recipes.build("grpo", beta=0.0), PROMPTS, kind=Trainer, **again))
@@ -202,14 +202,14 @@ def test_rows_of_advantage_zero_are_in_no_pass_at_all(
 def test_the_sampler_is_compared_on_every_row_before_it_is_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = Passes(monkeypatch)
+    passes = Seen(monkeypatch)
     monkeypatch.setattr("tests.trainer.common.varied", flat)
     t = run(
         tmp_path, "grpo", beta=0.0, num_iterations=2, per_device_train_batch_size=16, max_steps=2, sampler_check_steps=0,
         self_checks={"reference": False, "padding": False},
     )  # fmt: skip
     t.train()
-    assert t.sampler_agrees is True
+    assert t.sampling.trust.agrees is True
     assert passes.rows == {True: 8, False: 16}
 
 
@@ -226,15 +226,15 @@ def test_the_sampler_is_compared_on_every_row_before_it_is_trusted(
 def test_they_stay_where_something_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: dict[str, Any]
 ) -> None:
-    passes = Passes(monkeypatch)
+    passes = Seen(monkeypatch)
     seen: list[Batch] = []
-    original = constants.fill_constants
+    original = Passes.filled
 
-    def watched(trainer: Trainer, batch: Batch, **options: Any) -> Batch:
-        seen.append(original(trainer, batch, **options))
+    def watched(self: Passes, batch: Batch, objective: Objective, **options: Any) -> Batch:
+        seen.append(original(self, batch, objective, **options))
         return seen[-1]
 
-    monkeypatch.setattr(constants, "fill_constants", watched)
+    monkeypatch.setattr(Passes, "filled", watched)
     monkeypatch.setattr("tests.trainer.common.varied", flat)
     t = run(tmp_path, name, num_iterations=2, max_steps=2, sampler_check_steps=0, top_p=0.9, self_checks=False, **extra)
     t.train()
@@ -250,7 +250,7 @@ def test_missing_advantages_are_said_to_be_missing(tmp_path: Path) -> None:
 
 
 def test_a_generation_without_any_advantage_is_one_small_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = Passes(monkeypatch)
+    passes = Seen(monkeypatch)
     given: list[Tensor | None] = []
     original = Trainer.compute_loss
     monkeypatch.setattr(
@@ -303,7 +303,7 @@ def test_a_loss_of_somebody_elses_keeps_its_groups(tmp_path: Path, monkeypatch: 
             keep = (batch.group_ids != 2) & (torch.arange(batch.num_rows) % 4 != 1)
             return super().prepare(batch.replace(mask=batch.mask & keep[:, None]))
 
-    passes = Passes(monkeypatch)
+    passes = Seen(monkeypatch)
     one_step(tmp_path, Objective(by_fours), RANKED, kind=OneGroupBlank)
     assert passes.rows[True] == 20  # of 24
 

@@ -17,7 +17,8 @@ import torch
 from rlft import Trainer, checkpoint
 from rlft.errors import Interrupted, TrainingError
 from rlft.rewards import RewardError
-from rlft.run.step.update import lost_peer
+from rlft.run.processes.processes import Processes
+from rlft.run.progress import Progress
 from tests.reliability.runs import digest, leftovers, newest
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -151,7 +152,7 @@ def test_equal_rewards_are_counted_over_a_stop(tmp_path: Path) -> None:
         cut.train()
     resumed = run(tmp_path, reward=zero)
     resumed.train()
-    assert resumed.equal_steps == 5
+    assert resumed.counts.equal_steps == 5
 
 
 def test_a_model_that_cannot_be_written_is_named_and_written_later(
@@ -223,13 +224,14 @@ def test_a_lost_process_is_named(tmp_path: Path, said: str) -> None:
     """As `make kill-tests` sees it on two real processes."""
     wrapped = RuntimeError("checkpoint of step 4 not written")
     wrapped.__cause__ = RuntimeError(said)
-    trainer: Any = SimpleNamespace(world_size=2, rank=1, step=4, run_dir=tmp_path)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=1, num_processes=2, is_main_process=False)
+    processes = Processes(accelerator, Progress(5, step=4))
     with pytest.raises(TrainingError, match="step 5: process 1 of 2 lost contact with another one"):
-        lost_peer(trainer, wrapped)
-    lost_peer(trainer, ValueError("of its own"))
-    lost_peer(trainer, TrainingError(f"explained already: {said}"))
-    trainer.world_size = 1
-    lost_peer(trainer, wrapped)
+        processes.explain_lost_peer(wrapped, tmp_path)
+    processes.explain_lost_peer(ValueError("of its own"), tmp_path)
+    processes.explain_lost_peer(TrainingError(f"explained already: {said}"), tmp_path)
+    processes.world_size = 1
+    processes.explain_lost_peer(wrapped, tmp_path)
 
 
 def test_a_signal_inside_a_step_is_answered_before_the_next_micro_batch(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from rlft import Objective, Trainer, kl, losses
 from rlft.config import ConfigError
-from rlft.run import display
-from rlft.run.step import kl_control as controllers
+from rlft.rules.kl_weight import check_kl_controller, kl_weights, with_beta
+from rlft.run.measure.journal import Journal
+from rlft.run.processes.processes import Processes
+from rlft.run.progress import Progress
+from rlft.run.step.kl_control import KLControl
 from rlft.types import Batch, LossOutput
 from tests.tiny import random_batch
-from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run
+from tests.trainer.common import PAIRS, facts, log_of, resumed_equals_whole, run
 
 PROPORTIONAL = {"type": "proportional", "target": 0.05, "horizon": 100.0}
 
@@ -47,7 +50,7 @@ def test_beta_follows_the_logged_kl_wherever_it_sits(tmp_path: Path, objective: 
     assert t.kl_control is not None
     assert t.kl_control.controller.beta == pytest.approx(expected.beta, rel=1e-12)
     assert len({row["kl/beta"] for row in rows}) == 4
-    (weight,) = controllers.weights(t.objective)
+    (weight,) = kl_weights(t.objective)
     assert weight.beta == pytest.approx(expected.beta, rel=1e-12)
     assert t.objective.beta == pytest.approx(expected.beta, rel=1e-12)
     if weight.place == "loss":
@@ -123,24 +126,32 @@ def test_a_kl_in_the_reward_moves_beta_once_per_generation(tmp_path: Path) -> No
 
 
 def measure(t: Trainer) -> None:
-    """What preparing and scoring a batch tells the controller: here a KL of hundreds of nats per answer."""
+    """Prepare and score a batch that is no step's: here with a KL of hundreds of nats per answer."""
     batch = random_batch()
     old, ref = (torch.full(batch.mask.shape, value) for value in (-0.1, -100.0))
-    controllers.observe_reward(t, batch.replace(old_logps=old, ref_logps=ref))
-    nothing = [LossOutput(old, {}, "token_mean", batch.mask)] * len(t.objective.terms)
-    controllers.observe(t, batch, {"logps": old, "ref_logps": ref}, nothing)
+    batch = t.prepare(batch.replace(old_logps=old, ref_logps=ref, rewards=torch.arange(float(batch.num_rows))))
+    t.compute_loss(batch, t.objective.denominators(batch))
 
 
 class Looking(Trainer):
     """Measures inside every evaluation, one of which is in the middle of every step."""
 
+    looking = False
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        self.looking = True
+        try:
+            return super().evaluate(eval_dataset)
+        finally:
+            self.looking = False
+
     def prepare(self, batch: Batch) -> Batch:
-        if not self.evaluating:
+        if not self.looking:
             self.evaluate()
         return super().prepare(batch)
 
     def score(self, examples: Any, completions: Any, completion_ids: Any) -> Any:
-        if self.evaluating:
+        if self.looking:
             measure(self)
         return super().score(examples, completions, completion_ids)
 
@@ -150,6 +161,7 @@ def test_only_training_steps_move_beta(tmp_path: Path, place: str) -> None:
     """Batches that are scored inside an evaluation, or by a callback between steps, leave no trace in beta."""
     extra = {
         "beta": 0.05, "objective_args": {"kl": place}, "kl_controller": PROPORTIONAL, "eval_fraction": 0.25, "eval_steps": 1,
+        "self_checks": False,
     }  # fmt: skip
     betas = []
     for name, kind, callbacks in (
@@ -165,18 +177,18 @@ def test_only_training_steps_move_beta(tmp_path: Path, place: str) -> None:
 
 def test_fixed_logs_beta_and_keeps_it(tmp_path: Path) -> None:
     t = run(tmp_path, "grpo", beta=0.04, kl_controller={"type": "fixed"})
-    assert display.facts(t)["KL controller"] == "fixed; by objective/kl, beta now 0.04"
+    assert facts(t)["KL controller"] == "fixed; by objective/kl, beta now 0.04"
     t.train()
     assert [row["kl/beta"] for row in log_of(tmp_path)] == [0.04] * 4
 
 
 def test_the_plan_names_rule_target_unit_and_beta(tmp_path: Path) -> None:
     t = run(tmp_path, "rloo", beta=0.05, kl_controller=PROPORTIONAL)
-    words = display.facts(t)["KL controller"]
+    words = facts(t)["KL controller"]
     assert words == (
         "proportional, target 0.05 nats per answer, horizon 100, limit 0.2; by objective/kl, beta now 0.05"
     )
-    assert "KL controller" not in display.facts(run(tmp_path / "without", "rloo", beta=0.05))
+    assert "KL controller" not in facts(run(tmp_path / "without", "rloo", beta=0.05))
 
 
 def test_beta_stays_within_a_millionfold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,33 +200,40 @@ def test_beta_stays_within_a_millionfold(tmp_path: Path, caplog: pytest.LogCaptu
     assert sum("cannot be reached" in r.getMessage() for r in caplog.records) == 1
 
 
-def control_of(rule: Any, *, reduce: Any, queue: Sequence[Any] = ()) -> Any:
-    """A stand-in trainer around one controller, for sums over processes."""
-    objective = Objective(losses.rloo, beta=0.1)
-    weight = controllers.weights(objective)[0]
-    return SimpleNamespace(
-        kl_control=controllers.Control(rule, weight), objective=objective, device=torch.device("cpu"), step=1,
-        accelerator=SimpleNamespace(reduce=reduce), source=SimpleNamespace(queue=list(queue)), is_main=True, told=set(),
+def control_of(objective: Objective, settings: Mapping[str, Any], *, reduce: Any) -> KLControl:
+    """A controller on the first of two processes, for sums over both."""
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), process_index=0, num_processes=2, is_main_process=True, reduce=reduce
+    )
+    progress = Progress(4, step=1)
+    processes = Processes(accelerator, progress)
+    parts: Any = SimpleNamespace(
+        config=SimpleNamespace(kl_controller=settings, num_generations=2), objective=objective, processes=processes,
+        sizes=SimpleNamespace(draws=1, groups_per_step=1), journal=Journal(processes, progress, Path("run"), quiet=True),
     )  # fmt: skip
+    source: Any = SimpleNamespace(waiting=False)
+    return KLControl(parts, source)
 
 
 def test_the_measured_kl_is_summed_over_processes_before_it_is_divided() -> None:
     """One process saw 3 answers of 0.1 nats, the other one of 0.9: the mean is 0.3, not 0.5."""
     other = torch.tensor([0.9, 1.0, 1.0], dtype=torch.float64)
-    t = control_of(kl.ProportionalKL(0.1, 0.25, 10.0, 1.0), reduce=lambda sums, reduction: sums + other)
-    t.kl_control.add(torch.tensor([0.1, 0.1, 0.1, 7.0]), torch.tensor([True, True, True, False]), 3)
-    assert controllers.after_step(t) == {"kl/beta": 0.1}
-    assert t.kl_control.controller.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 10), rel=1e-7)
-    assert t.objective.terms[0].hyper["beta"] == t.kl_control.controller.beta
-    t.kl_control.add(torch.tensor([float("nan")]), torch.tensor([True]), 1)
-    before = t.kl_control.controller
-    controllers.after_step(t)  # a step that was skipped for NaN moves nothing
-    assert t.kl_control.controller == before
+    objective = Objective(losses.rloo, beta=0.1)
+    rule = {"type": "proportional", "target": 0.25, "horizon": 10.0, "limit": 1.0}
+    control = control_of(objective, rule, reduce=lambda sums, reduction: sums + other)
+    control._take(torch.tensor([0.1, 0.1, 0.1, 7.0]), torch.tensor([True, True, True, False]), 3)
+    assert control.after_update(moved=True) == {"kl/beta": 0.1}
+    assert control.controller.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 10), rel=1e-7)
+    assert control.steered(objective).terms[0].hyper["beta"] == control.controller.beta
+    control._take(torch.tensor([float("nan")]), torch.tensor([True]), 1)
+    before = control.controller
+    control.after_update(moved=False)  # a step that was skipped for NaN moves nothing
+    assert control.controller == before
 
 
 def test_a_sum_with_one_beta_is_moved_and_the_objective_given_is_not_touched() -> None:
     given = 0.5 * Objective(losses.reinforce, advantage="leave_one_out", kl="loss", kl_value="k2", beta=0.1)
-    moved = controllers.with_beta(given, 0.2)
+    moved = with_beta(given, 0.2)
     assert [term.weight for term in moved.terms] == pytest.approx([0.5, 0.1])
     assert [term.weight for term in given.terms] == pytest.approx([0.5, 0.05])
     assert (moved.beta, given.beta) == (0.2, 0.1)
@@ -278,4 +297,4 @@ def test_two_betas_are_refused() -> None:
     both = Objective(losses.rloo, beta=0.1) + Objective(losses.agro_off_policy, beta=0.2)
     config: Any = SimpleNamespace(kl_controller=HALVE)
     with pytest.raises(ConfigError, match="moves one beta, and objective 'rloo \\+ agro_off_policy' has 2"):
-        controllers.check(config, both)
+        check_kl_controller(config, both)

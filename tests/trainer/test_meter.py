@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlft.metrics import PHASES, comparable, read_metrics
 from rlft.models import LoraSettings, Policy, add_lora
+from rlft.models.device_limits import Device, ModelCost, device_named, model_cost
 from rlft.models.layout import LayoutUsed
 from rlft.report.shares import NAMES, draw_shares, phase_seconds, share_table
 from rlft.run import display
-from rlft.run.measure.device_limits import Device, ModelCost, device_named, model_cost
 from rlft.run.measure.journal import Journal
 from rlft.run.measure.meter import Meter
 from rlft.run.progress import Progress
@@ -277,7 +277,7 @@ def test_an_unknown_device_is_said_and_gets_no_figure(monkeypatch: pytest.Monkey
     journal, notes = on_a(monkeypatch, "NVIDIA A10G", policy)
     assert notes == [
         "meter/mfu and meter/fraction_of_floor are left out: what a 'NVIDIA A10G' can do at most is not in the table "
-        "(rlft.run.measure.device_limits.DEVICES)"
+        "(rlft.models.device_limits.DEVICES)"
     ]
     journal.meter.passed(LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2), backward=True)
     assert not {"meter/mfu", "meter/fraction_of_floor"} & set(journal.flush())

@@ -17,7 +17,7 @@ from rlft.config import ConfigError
 from rlft.errors import Interrupted
 from rlft.models import Policy
 from rlft.objective import Objective
-from rlft.run.step import micro_batches as micro
+from rlft.run.step.micro_batches import by_tokens
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, digest, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, random_batch, tiny_llama
 
@@ -58,10 +58,10 @@ def test_old_log_probs_come_from_the_sampler(tmp_path: Path, monkeypatch: pytest
         tmp_path, "grpo", PROMPTS, reward=digits_reward, lora=True, beta=0.0, max_steps=6, num_iterations=2, **QUIET
     )
     t.train()
-    assert t.rollouts == 3
+    assert t.state.generations == 3
     # the first generation compares; the others have no pass at all
     assert calls.constants() == [frozenset({"logps"})]
-    assert t.sampler_agrees is True
+    assert t.sampling.trust.agrees is True
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_sampler_that_is_not_the_policy_is_scored_again(
     t = trainer(tmp_path, "grpo", PROMPTS, model=model, reward=digits_reward, beta=0.0, max_steps=4, num_iterations=2, **QUIET, **extra)  # fmt: skip
     t.train()
     assert calls.constants() == [frozenset({"logps"})] * 2
-    assert t.sampler_agrees is None
+    assert t.sampling.trust.agrees is None
 
 
 @pytest.mark.parametrize("sampler", ["builtin", "transformers"])
@@ -89,7 +89,7 @@ def test_the_samplers_log_probs_train_like_scored_ones(tmp_path: Path, sampler: 
         )  # fmt: skip
         t = Trainer(model, args, train_dataset=PROMPTS, processing_class=char_tokenizer(), reward_funcs=digits_reward,
                     optimizers=(torch.optim.SGD(model.parameters(), lr=0.05), None))  # fmt: skip
-        t.sampler_agrees = None if exact else False
+        t.sampling.trust.agrees = None if exact else False
         t.train()
         ends.append(weights(t))
     for name, value in ends[0].items():
@@ -117,7 +117,7 @@ def test_log_probs_that_disagree_are_not_used(
         sampler=Off(model, tokenizer),
     )  # fmt: skip
     t.train()
-    assert t.sampler_agrees is False
+    assert t.sampling.trust.agrees is False
     assert calls.constants() == [frozenset({"logps"})] * 2
     assert "scored again for every generation" in caplog.text
 
@@ -302,7 +302,7 @@ def test_keeping_them_is_refused_where_none_is_dropped(tmp_path: Path) -> None:
 def test_a_budget_is_kept_and_groups_stay_whole() -> None:
     batch = random_batch(groups=12, per_group=3, prompt_lengths=(1, 20), lengths=(1, 12), seed=3)
     for budget in (1, 60, 100, 400, 10_000):
-        pieces = micro.by_tokens(batch, budget)
+        pieces = by_tokens(batch, budget)
         assert sorted(torch.cat(pieces).tolist()) == list(range(batch.num_rows))
         groups = [set(batch.group_ids[rows].tolist()) for rows in pieces]
         assert sum(map(len, groups)) == batch.num_groups, "no group is in two pieces"
@@ -310,8 +310,8 @@ def test_a_budget_is_kept_and_groups_stay_whole() -> None:
             part = batch.select(rows)
             longest = (part.prompt_mask.sum(-1)[part.group_ids] + part.completion_mask.sum(-1)).max()
             assert len(rows) * longest <= budget or len(inside) == 1
-    assert len(micro.by_tokens(batch, 1)) == 12
-    assert len(micro.by_tokens(batch, 10_000)) == 1
+    assert len(by_tokens(batch, 1)) == 12
+    assert len(by_tokens(batch, 10_000)) == 1
 
 
 @pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("sft", ANSWERS), ("agro_off_policy", RANKED)])

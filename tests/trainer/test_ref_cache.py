@@ -16,7 +16,7 @@ from rlft import Trainer
 from rlft.config import ConfigError
 from rlft.metrics import comparable, read_metrics
 from rlft.models.reference import Reference
-from rlft.run.keep import ref_logps as ref_cache
+from rlft.run.keep import ref_logps
 from tests.test_trainer import ANSWERS, PAIRS, PROMPTS, RANKED, THUMBS, digits_reward, settings, trainer, weights
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -148,7 +148,7 @@ def test_what_decides_the_numbers_is_in_the_key(tmp_path: Path, passes: list[int
 
 def test_versions_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
     run(tmp_path / "0", held_out=None, max_steps=1)
-    monkeypatch.setattr(ref_cache, "FORMAT", 2)
+    monkeypatch.setattr(ref_logps, "FORMAT", 2)
     passes.clear()
     run(tmp_path / "1", held_out=None, max_steps=1)
     assert passes
@@ -248,6 +248,6 @@ def test_a_folder_that_cannot_be_cleared_costs_nothing(tmp_path: Path, monkeypat
     left = place / f".tmp-{'a' * 32}"
     left.write_text("x")
     os.utime(left, (0, 0))
-    monkeypatch.setattr(ref_cache, "remove_file", refuse)
+    monkeypatch.setattr(ref_logps, "remove_file", refuse)
     assert run(tmp_path, max_steps=1, ref_cache_dir=str(place)).step == 1
     assert left.exists()

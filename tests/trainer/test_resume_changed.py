@@ -18,7 +18,7 @@ from rlft import Trainer, recipes
 from rlft.config import Config, ConfigError
 from rlft.data import tokenize
 from rlft.errors import Interrupted
-from rlft.run.keep import record as provenance
+from rlft.run.keep.record import sampled_hash, tensor_bytes
 from tests.tiny import char_tokenizer, tiny_llama
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(12)]
@@ -301,26 +301,27 @@ def test_another_reward_model_is_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_of_weights_is_cheap_and_sees_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors whole; of large ones 64 blocks, the first and the last byte among them."""
     small = torch.arange(1000, dtype=torch.float32)
-    before = provenance.sampled_hash(small)
+    before = sampled_hash(small)
     for place in (0, 499, 999):
         other = small.clone()
         other[place] += 1
-        assert provenance.sampled_hash(other) != before
-    assert provenance.sampled_hash(small.view(10, 100)) != before  # the shape counts, and the type
-    assert provenance.sampled_hash(small.view(torch.int32)) != before
-    assert provenance.sampled_hash(torch.zeros(0)) == provenance.sampled_hash(torch.zeros(0))
+        assert sampled_hash(other) != before
+    assert sampled_hash(small.view(10, 100)) != before  # the shape counts, and the type
+    assert sampled_hash(small.view(torch.int32)) != before
+    assert sampled_hash(torch.zeros(0)) == sampled_hash(torch.zeros(0))
     large = torch.zeros(16 << 20, dtype=torch.uint8)
-    base = provenance.sampled_hash(large)
+    base = sampled_hash(large)
     for place in (0, len(large) - 1):
         large[place] = 1
-        assert provenance.sampled_hash(large) != base
+        assert sampled_hash(large) != base
         large[place] = 0
-    assert provenance.sampled_hash(large + 1) != base
-    assert provenance.sampled_hash(large.view(torch.bfloat16).view(1024, -1).T) != base  # not contiguous
+    assert sampled_hash(large + 1) != base
+    assert sampled_hash(large.view(torch.bfloat16).view(1024, -1).T) != base  # not contiguous
     hashed: list[int] = []
-    bytes_of = provenance.tensor_bytes
-    monkeypatch.setattr(provenance, "tensor_bytes", lambda flat: hashed.append(flat.nbytes) or bytes_of(flat))
-    provenance.sampled_hash(torch.empty(1 << 30, dtype=torch.uint8))
+    monkeypatch.setattr(
+        "rlft.run.keep.record.tensor_bytes", lambda flat: hashed.append(flat.nbytes) or tensor_bytes(flat)
+    )
+    sampled_hash(torch.empty(1 << 30, dtype=torch.uint8))
     assert hashed == [1 << 20]  # whatever the size
 
 
@@ -351,7 +352,7 @@ def test_versions_revisions_and_the_template_are_in_the_run_folder(tmp_path: Pat
 
 def test_other_versions_are_said_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun(tmp_path)
-    monkeypatch.setattr(provenance, "versions", lambda device: {"rlft": "9.9", "torch": torch.__version__})
+    monkeypatch.setattr("rlft.run.keep.record.versions", lambda device: {"rlft": "9.9", "torch": torch.__version__})
     goes_on(tmp_path, says=" -> 9.9")
 
 

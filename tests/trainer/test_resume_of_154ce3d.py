@@ -64,12 +64,13 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, but for the clock, the settings and the versions."""
+    """What a checkpoint holds beside tensors, but for the clock, the settings and the versions; none is as good as absent."""
     found = {path.stem: record(folder, path.stem) for path in sorted(folder.glob("*.json"))}
     del found["manifest"], found["config"], found["trainer"]["made_of"]
     # in bytes: how long a row of the log is hangs on the digits of its times
     del found["trainer"]["log_offset"]
-    return {f"{stem}.json: {name}": value for stem, values in found.items() for name, value in values.items()}
+    entries = [(f"{stem}.json: {name}", value) for stem, values in found.items() for name, value in values.items()]
+    return {name: value for name, value in entries if value is not None}
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

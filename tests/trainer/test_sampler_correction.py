@@ -21,10 +21,9 @@ from rlft.losses.importance import importance_weights
 from rlft.models import Policy
 from rlft.models.vocabulary import train_tokenizer
 from rlft.rollout import FastSampler, Rollout, SamplingParams
-from rlft.run import display
 from rlft.types import Batch, LossOutput
 from tests.tiny import EOS_ID, char_tokenizer, tiny_llama
-from tests.trainer.common import PAIRS, log_of, resumed_equals_whole, run
+from tests.trainer.common import PAIRS, facts, log_of, resumed_equals_whole, run
 
 V = 6
 #: Every answer of at most two tokens over six: 1 + 5 * 6 = 31, and every pair of them.
@@ -252,7 +251,7 @@ def test_corrected_runs_train_and_resume_bit_for_bit(tmp_path: Path, objective: 
     if objective in ("rloo", "grpo"):
         extra |= {"beta": 0.05, "kl_controller": {"type": "proportional", "target": 0.05, "horizon": 100.0}}
     t = resumed_equals_whole(tmp_path, objective, 3, **extra)
-    assert display.facts(t)["sampler correction"] == "level token, mode mask, cap 2.0, floor 0.0"
+    assert facts(t)["sampler correction"] == "level token, mode mask, cap 2.0, floor 0.0"
 
 
 def test_own_sampler_gives_weights_of_one_and_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rlft import checkpoint
 from rlft.config import ConfigError
 from rlft.models.sharded import settle, whole_state
-from rlft.run.processes import launch as launched
+from rlft.run.processes.launch import refuse_launcher, refuse_online_launcher
 from tests.launch import launch
 from tests.reliability.runs import digest
 from tests.tiny import tiny_llama
@@ -138,8 +138,8 @@ def test_sampling_from_spread_weights_is_refused_before_anything_is_loaded(
     monkeypatch.setenv("FSDP_VERSION", "2")
     settings = {"objective": "rloo", "beta": 0.1, "model": "no/such-model", "output_dir": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=r"asks for FSDP, and sampling needs whole weights .*ddp\.yaml"):
-        launched.check_online(online=True)
-    launched.check_online(online=False)
+        refuse_online_launcher(online=True)
+    refuse_online_launcher(online=False)
     with pytest.raises(ConfigError, match="asks for FSDP, and sampling needs whole weights"):
         Trainer(args=settings, train_dataset=[{"prompt": "a"}], reward_funcs=lambda completions, **_: [0.0])
     assert not (tmp_path / "run").exists()
@@ -158,4 +158,4 @@ def test_sampling_from_spread_weights_is_refused_before_anything_is_loaded(
 def test_other_launchers_are_not(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    launched.check()
+    refuse_launcher()

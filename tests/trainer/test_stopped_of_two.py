@@ -36,14 +36,14 @@ def test_as_many_processes_go_on_bit_for_bit(two: tuple[Path, list[dict[str, Any
         own = said[rank][kind]
         assert own["stopped"]["step"] == job.STOP
         assert own["bits"][0] == own["bits"][1], f"process {rank}"
-        assert own["rollouts"][0] == own["rollouts"][1]
+        assert own["generations"][0] == own["generations"][1]
     assert digest(folder / "whole" / kind) == digest(folder / "cut" / kind)
 
 
 def test_refills_were_not_the_same_on_both(two: tuple[Path, list[dict[str, Any]]]) -> None:
     """Else the test above would prove nothing of what each process counts for itself."""
     _, said = two
-    assert said[0]["refills"]["stopped"]["rollouts"] != said[1]["refills"]["stopped"]["rollouts"]
+    assert said[0]["refills"]["stopped"]["generations"] != said[1]["refills"]["stopped"]["generations"]
 
 
 def _inside_a_generation(path: Path) -> int:

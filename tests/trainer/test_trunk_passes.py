@@ -11,7 +11,7 @@ import torch
 
 from rlft.models import Policy
 from rlft.models.scorer import CausalScorer
-from rlft.run.step import passes as constants
+from rlft.run.step.passes import Passes
 from rlft.types import Batch
 from tests.tiny import tiny_llama
 from tests.trainer.common import run
@@ -75,13 +75,13 @@ def test_kept_states_train_like_passes_made_anew(
     for kept in (True, False):
         with monkeypatch.context() as patch:
             if not kept:
-                original = constants.no_grad_outputs
+                original = Passes.outputs
 
                 def without(*arguments: Any, _original: Any = original, **options: Any) -> Any:
                     found = _original(*arguments, **options)
                     return {n: t for n, t in found.items() if n not in ("states", "ref_states")}
 
-                patch.setattr(constants, "no_grad_outputs", without)
+                patch.setattr(Passes, "outputs", without)
             trunks = Trunks(patch)
             t = run(
                 tmp_path / str(kept), name, model=tiny_llama(dtype=torch.float64), dtype="float64", num_iterations=3,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["cells_hash", "row_hash"]
+from rlft._words import without_address
 
-#: Where an object lies in memory, as its repr tells.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+__all__ = ["cells_hash", "row_hash"]
 
 
 def cells_hash(cells: Iterable[Any]) -> str:
@@ -41,7 +39,7 @@ def _text(cell: Any) -> bytes:
     try:
         return json.dumps(cell, sort_keys=True, default=_plain).encode("ascii")
     except (TypeError, ValueError):  # keys of several kinds, or a cell that holds itself
-        return _ADDRESS.sub("", repr(cell)).encode("ascii", "backslashreplace")
+        return without_address(repr(cell)).encode("ascii", "backslashreplace")
 
 
 def _plain(value: Any) -> Any:
@@ -54,4 +52,4 @@ def _plain(value: Any) -> Any:
         return {"bytes": bytes(value).hex()}
     if isinstance(value, (set, frozenset)):
         return {"set": sorted(map(repr, value))}
-    return {type(value).__name__: _ADDRESS.sub("", repr(value))}
+    return {type(value).__name__: without_address(repr(value))}

@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from rlft.ops.tiles import Problem
 
-__all__ = ["AttentionPlan", "check"]
+__all__ = ["AttentionPlan", "check_problem"]
 
 
-def check(p: Problem, want: frozenset[str], grad: frozenset[str], head_trains: bool) -> None:
+def check_problem(p: Problem, want: frozenset[str], grad: frozenset[str], head_trains: bool) -> None:
     """Raises ValueError where the problem is none of attention."""
     wrong = None
     if p.hidden.device.type != "cpu":

@@ -13,7 +13,7 @@ from rlft import _check
 from rlft.ops import compiled
 from rlft.ops.dense import logits_logps, transform
 from rlft.ops.flash import AttentionPlan
-from rlft.ops.flash import check as check_attention
+from rlft.ops.flash import check_problem as check_attention
 from rlft.ops.kernel_check import require, usable
 from rlft.ops.outputs import HeadOutputs, finish
 from rlft.ops.plans import RecomputePlan, TilePlan

@@ -107,7 +107,6 @@ class CallbackHandler(Watcher):
         self.processes, self.progress = parts.processes, parts.processes.progress
         self.control, self.args = Control(), Arguments(parts)
 
-    # -- calls ----------------------------------------------------------------------------------------------------------------
     @property
     def sees_updates(self) -> bool:
         """Whether any callback is called around the optimizer's update."""
@@ -214,7 +213,6 @@ class CallbackHandler(Watcher):
             )
         return self.control
 
-    # -- kept -------------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """The state of every callback that has one: ``state_dict()``, or ``state()`` as transformers' have it.
 

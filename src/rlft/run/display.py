@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rlft._redact import redact
+from rlft._words import byte_size, short_number
 from rlft.config import Config
 from rlft.rules.correction import correction_settings
 from rlft.run.checks.before import peak_memory
 from rlft.run.keep.ref_logps import ref_logps_dir
-from rlft.run.measure.meter import byte_size, short_number
 from rlft.run.progress import Progress
 from rlft.run.step.kl_control import KLControl
 from rlft.run.step.parts import Parts

@@ -69,7 +69,6 @@ class Evaluation:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
         return {f"eval_{name}": value for name, value in values.items()}
 
-    # -- online ---------------------------------------------------------------------------------------------------------------
     def _greedy(self, sampling: Sampling, examples: list[Any]) -> None:
         """Greedy answers, one per prompt: their rewards, or how often a judge prefers them to the reference's."""
         size = max(1, self.config.per_device_eval_batch_size)
@@ -97,7 +96,6 @@ class Evaluation:
             prompt, answer = self.tokenizer.decode(example.prompt_ids), self.tokenizer.decode(ids)
             print(redact(f"[{reward:+.2f}] {prompt} -> {answer}"), flush=True)
 
-    # -- offline --------------------------------------------------------------------------------------------------------------
     def _offline(self, objective: Objective, examples: list[Any]) -> None:
         """The objective's metrics and mean loss, and how often the raw likelihood prefers the chosen answer."""
         batches = (self._as_one_step if objective.normalises_step else self._batches)(objective, examples)

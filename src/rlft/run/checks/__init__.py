@@ -1,0 +1,1 @@
+"""What a run proves about itself, once."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlft._words import byte_size
 from rlft.checkpoint import CheckpointError
 from rlft.errors import TrainingError
-from rlft.run.measure.meter import byte_size
 from rlft.run.step.parts import Parts
 from rlft.run.step.passes import Passes
 from rlft.run.step.probes import EXACT, LOOKED_AT, apart, batch_of, exact, probe_batch, probe_rows
@@ -74,7 +74,6 @@ class SelfChecks:
             parts = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in spent.items())
             self.journal.note(f"self-checks passed in {sum(spent.values()):.2f} s ({parts})")
 
-    # -- the checks -----------------------------------------------------------------------------------------------------------
     def reference(self) -> str | None:
         """The reference is the policy as it was passed, so both give the same log-probs."""
         if getattr(self.policy, "reference_kind", "none") not in ("adapter_off", "adapter_copy", "snapshot"):

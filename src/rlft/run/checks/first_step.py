@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from rlft.config import Config
+from rlft.models.tensor_hashes import fingerprint
 from rlft.run.checks.before import failed
 from rlft.run.step.parts import Parts
 from rlft.run.step.probes import exact
 from rlft.run.step.watchers import Watcher
 from rlft.types import Batch, LossOutput
 
-__all__ = ["FirstStep", "fingerprint", "modules_of"]
+__all__ = ["FirstStep", "modules_of"]
 
-_WORD, _BLOCK = 8, 1024
 #: Largest distance of an importance ratio from 1 on fresh samples: float32 and better, and the mean below that.
 RATIO, ROUGH_RATIO = 1e-4, 0.05
 
@@ -255,32 +255,3 @@ def _parts(name: str) -> list[str]:
     """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
     words = name.split(".")
     return [".".join(words[: depth + 1]) for depth in range(len(words))]
-
-
-def fingerprint(tensor: Tensor) -> Tensor:
-    """A cheap hash of a tensor's bits: sums of 64-bit words by blocks of 8 KiB, weighted by the block's place.
-
-    Not for adversaries. It reads the memory once and makes no copy of a contiguous tensor.
-
-    Args:
-        tensor: of any shape and dtype.
-
-    Returns:
-        int64 ``[2]`` on the tensor's device.
-    """
-    flat = tensor.detach().contiguous()
-    flat = flat.as_strided((flat.numel(),), (1,))  # one element may be contiguous with any stride
-    if (flat.storage_offset() * flat.element_size()) % _WORD:
-        flat = flat.clone()
-    raw = flat.view(torch.uint8)
-    size = raw.numel() // _WORD * _WORD
-    words = raw[:size].view(torch.int64)
-    whole = words.numel() // _BLOCK * _BLOCK
-    blocks = [
-        words[:whole].view(-1, _BLOCK).sum(-1),
-        words[whole:].sum().reshape(1),
-        raw[size:].long().sum().reshape(1),
-    ]
-    sums = torch.cat(blocks)
-    places = torch.arange(sums.numel(), device=sums.device) * 2 + 1
-    return torch.stack([sums.sum(), (sums * places).sum()])

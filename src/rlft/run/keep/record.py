@@ -11,7 +11,6 @@ import importlib.metadata
 import inspect
 import json
 import platform
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,16 +19,15 @@ from torch import Tensor
 
 from rlft._files import disk_trouble, replace_file
 from rlft._redact import redact
-from rlft.checkpoint._tensorfile import tensor_bytes
+from rlft._words import one_line
 from rlft.errors import TrainingError
 from rlft.metrics import MetricsLog, read_metrics
+from rlft.models.tensor_hashes import sampled_hash
 from rlft.objective import Objective
 from rlft.run.step.parts import Parts
 
-__all__ = ["RunFiles", "columns", "data_facts", "made_of", "sampled_hash", "versions", "weights"]
+__all__ = ["RunFiles", "columns", "data_facts", "made_of", "versions", "weights"]
 
-#: Blocks of a large tensor that are hashed, and their size in bytes; what is no larger than all of them is hashed whole.
-_BLOCKS, _BLOCK = 64, 16 << 10
 #: Entries of a model's config that say where it came from or how it is run.
 _NO_PART = {
     "_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype", "id2label", "label2id",
@@ -37,8 +35,6 @@ _NO_PART = {
 #: The same of an adapter's.
 _NO_PART_OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 _PACKAGES = ("transformers", "peft", "accelerate")
-#: Where an object lies in memory, as its repr tells.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def made_of(
@@ -66,7 +62,7 @@ def made_of(
         "versions": versions(device),
         "chat_template": _template(tokenizer),
         "sources": _sources(policy, rewards),
-        "objective": {name: _one_line(text) for name, text in objective.describe().items()},
+        "objective": {name: one_line(text) for name, text in objective.describe().items()},
         "rewards": _rewards(rewards, judge),
         "adapters": _adapters(policy),
         **hashes,
@@ -128,7 +124,7 @@ def weights(policy: Any, rewards: Any) -> dict[str, Any]:
     """Configs, and a hash of every tensor that no checkpoint holds: by model, then by name.
 
     These are the base under an adapter, a reference and a critic of their own, and reward models. A hash reads at most a
-    mebibyte of a tensor, see :func:`sampled_hash`.
+    mebibyte of a tensor, see :func:`rlft.models.tensor_hashes.sampled_hash`.
 
     Args:
         policy: the module that will be trained, not yet sharded.
@@ -155,31 +151,6 @@ def _model(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "config": {name: value for name, value in plain.items() if name not in _NO_PART},
         "tensors": {name: sampled_hash(tensor) for name, tensor in tensors.items()},
     }
-
-
-def sampled_hash(tensor: Tensor) -> str:
-    """A hash of shape, type and bytes; of a tensor above 1 MiB, of 64 blocks of 16 KiB from its first byte to its last.
-
-    Another training, another precision or another seed changes every block; a few rows exchanged in a large matrix may
-    fall between them.
-
-    Args:
-        tensor: of any shape, type and device.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
-    if tensor.is_meta or not tensor.numel():
-        return digest.hexdigest()
-    flat = tensor.detach().contiguous()
-    flat = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # one element may be contiguous with any stride
-    if len(flat) > _BLOCKS * _BLOCK:
-        last = len(flat) - _BLOCK
-        starts = [last * index // (_BLOCKS - 1) for index in range(_BLOCKS)]
-        flat = torch.cat([flat[start : start + _BLOCK] for start in starts])
-    digest.update(tensor_bytes(flat))
-    return digest.hexdigest()
 
 
 def _template(tokenizer: Any) -> str:
@@ -231,11 +202,7 @@ def _adapters(policy: Any) -> dict[str, str]:
 def _said(value: Any) -> str:
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
-    return _one_line(str(value))
-
-
-def _one_line(text: str) -> str:
-    return _ADDRESS.sub("", " ".join(str(text).split()))
+    return one_line(value)
 
 
 # -- files of the run's folder -------------------------------------------------------------------------------------------

@@ -48,7 +48,6 @@ class Journal:
         if unknown is not None:
             self.note(f"meter/mfu and meter/fraction_of_floor are left out: {unknown}")
 
-    # -- measured -----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def apart(self) -> Iterator[MetricSums]:
         """Sums of their own, as an evaluation has; those of the next line go on afterwards."""
@@ -69,7 +68,6 @@ class Journal:
         values, self.metrics = self.means(self.metrics), MetricSums()
         return values | self.meter.flush(self.processes, tokens_seen=self.progress.tokens_seen)
 
-    # -- written --------------------------------------------------------------------------------------------------------
     def write(self, values: Mapping[str, float], *, ahead: int = 0) -> None:
         """A row in metrics.jsonl and the trackers.
 
@@ -83,7 +81,6 @@ class Journal:
         self.processes.accelerator.log(dict(values), step=step)
         self.progress.log_history.append({**values, "epoch": self.progress.epoch, "step": step})
 
-    # -- said -------------------------------------------------------------------------------------------------------------
     def warn_once(self, key: str, text: str) -> None:
         """One line in the log of ``rlft``, from the main process, once per run and key."""
         if self.processes.is_main and key not in self._said:

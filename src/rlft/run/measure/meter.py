@@ -19,7 +19,7 @@ from rlft.models.device_limits import Device, ModelCost, device_named, model_cos
 from rlft.models.layout import LayoutUsed
 from rlft.run.processes.processes import Processes
 
-__all__ = ["PHASES", "Meter", "byte_size", "short_number"]
+__all__ = ["PHASES", "Meter"]
 
 _OWNERS = ("evaluate", "save")
 
@@ -43,7 +43,6 @@ class Meter:
         self._sampled = self._tokens_before = 0
         self._update = self._floor = 0.0  # operations of the updates; least seconds of everything
 
-    # -- phases -------------------------------------------------------------------------------------------------------
     def start(self, policy: Any, *, tokens_seen: int, mixed_precision: str) -> str | None:
         """Begin to count: what was spent before the first step is not a step's.
 
@@ -106,7 +105,6 @@ class Meter:
         ordered = sorted(self.total.items(), key=lambda item: -item[1])
         return {name: spent / together for name, spent in ordered if spent > 0} if together > 0 else {}
 
-    # -- counts ---------------------------------------------------------------------------------------------------------
     def sampled(self, lengths: Sequence[int]) -> None:
         """Take in one generation of this process: tokens of each answer."""
         self._sampled += sum(lengths)
@@ -130,7 +128,6 @@ class Meter:
         self._update += update
         self._floor += (update + forward * (passes - backward)) / self._cost.peak(self._peak)
 
-    # -- a line -----------------------------------------------------------------------------------------------------------
     def flush(self, processes: Processes, *, tokens_seen: int) -> dict[str, float]:
         """Metrics since the last call; collective on several processes. Times are those of this process."""
         self._mark(self._stack[-1])
@@ -180,19 +177,3 @@ def _peak_memory(device: torch.device) -> float:
 
     unit = 2**10 if sys.platform != "darwin" else 1  # Linux counts KiB, macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def short_number(number: float) -> str:
-    """``1536`` as ``1.54k``."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
-
-
-def byte_size(number: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"

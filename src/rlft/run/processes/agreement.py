@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from rlft._words import one_line
 from rlft.config import Config
 from rlft.objective import Objective
 from rlft.run.processes.processes import Processes
@@ -19,8 +19,6 @@ _OWN = {
     "ref_cache_dir", "run_name", "report_to", "log_completions", "disable_tqdm", "report", "resume",
     "accept_changed",
 }  # fmt: skip
-#: Where an object lies in memory, as its repr tells.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def refuse_other_runs(
@@ -61,7 +59,7 @@ def refuse_other_runs(
         "model": _layout(policy),
     }
     processes.same(
-        {name: _ADDRESS.sub("", " ".join(value.split())) for name, value in facts.items()},
+        {name: one_line(value) for name, value in facts.items()},
         remedy="Give every process the same settings, model files and rows, in the same order: the rows are shared out by rlft",
     )
 

@@ -15,6 +15,8 @@ from rlft.errors import TrainingError
 
 __all__ = ["SECONDS", "accelerator_for", "meet", "refuse_launcher", "refuse_online_launcher"]
 
+#: Trackers of accelerate that are packages of the same name.
+_TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
 #: How long processes wait for each other at the start.
 SECONDS = 50
 
@@ -86,10 +88,10 @@ def accelerator_for(config: Config) -> Any:
         )
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"mixed_precision='bf16' is not supported by {torch.cuda.get_device_name()}; use 'no'")
-    missing = [t for t in config.report_to if t != "tensorboard" and t in _TRACKERS and not _importable(_TRACKERS[t])]
+    missing = [t for t in config.report_to if t in _TRACKERS and importlib.util.find_spec(t) is None]
     if missing:
         raise ConfigError(
-            f"report_to={config.report_to} needs {_TRACKERS[missing[0]]}, which is not installed, so nothing would be reported; "
+            f"report_to={config.report_to} needs {missing[0]}, which is not installed, so nothing would be reported; "
             f"install it, or drop {missing[0]!r}"
         )
     refuse_launcher()
@@ -103,17 +105,6 @@ def accelerator_for(config: Config) -> Any:
         project_dir=config.output_dir,
         kwargs_handlers=unused,
     )
-
-
-#: Trackers of accelerate, by the package that each is.
-_TRACKERS = {
-    "aim": "aim", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "mlflow": "mlflow", "swanlab": "swanlab",
-    "trackio": "trackio", "wandb": "wandb",
-}  # fmt: skip
-
-
-def _importable(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def meet() -> None:

@@ -41,13 +41,8 @@ def optimizer(given: Any) -> torch.optim.Optimizer | None:
     """
     pair = isinstance(given, (tuple, list)) and len(given) == 2 and given[1] is None
     if given is not None and not (pair and (given[0] is None or isinstance(given[0], torch.optim.Optimizer))):
-        raise ConfigError(
-            _wrong(
-                "optimizers",
-                given,
-                "a pair (optimizer or None, None): with an optimizer of your own the learning rate is yours too, set it in a callback",
-            )
-        )
+        expected = "a pair (optimizer or None, None): with an optimizer of your own the learning rate is yours too, set it in a callback"
+        raise ConfigError(_wrong("optimizers", given, expected))
     return None if given is None else given[0]
 
 

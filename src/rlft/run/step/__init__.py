@@ -1,0 +1,1 @@
+"""One optimizer step, in its order: ``source``, ``sampling``, ``passes``, ``micro_batches``, ``update``; ``watchers`` look on."""

@@ -259,7 +259,6 @@ class Comparisons:
     def _texts(self, examples: Sequence[Any], sampled: Rollout) -> list[Any]:
         return answers.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
 
-    # -- words ----------------------------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, str]:
         """Rows of the table shown before a run: what is compared, with whom, and what is kept."""
         c = self.config

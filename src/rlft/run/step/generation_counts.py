@@ -76,15 +76,12 @@ class GenerationCounts:
         self._now = _Counts()
         with self.processes.together():
             yield
-        found = _Counts(*(int(n) for n in self.processes.sum(torch.tensor(self._own(), dtype=torch.float64)).tolist()))
-        self._now = _Counts()
+        own = torch.tensor(dataclasses.astuple(self._now), dtype=torch.float64)
+        found, self._now = _Counts(*(int(count) for count in self.processes.sum(own).tolist())), _Counts()
         at = f"step {self.processes.progress.step + 1}"
         self._settle_masked(found, at)
         self._settle_equal(found, at)
         self._settle_unscored(found, at)
-
-    def _own(self) -> tuple[int, ...]:
-        return dataclasses.astuple(self._now)
 
     def scored(self, values: Tensor) -> None:
         """Note rewards, or the answers of a judge, NaN where there was none."""
@@ -164,7 +161,6 @@ class GenerationCounts:
             )
         self.journal.warn_once("empty", f"{at}: nothing could be trained on, so the weights stay as they are")
 
-    # -- kept ---------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Generations in a row that taught nothing."""
         return {"unscored_steps": self.unscored_steps, "equal_steps": self.equal_steps}

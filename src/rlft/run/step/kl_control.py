@@ -121,7 +121,6 @@ class KLControl(Watcher):
         (weight,) = kl_weights(objective)
         return objective if weight.beta == self.controller.beta else with_beta(objective, self.controller.beta)
 
-    # -- kept ---------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """The controller as plain values."""
         return {"kl_controller": self.controller.state_dict()}

@@ -32,7 +32,6 @@ class MicroBatches:
             config.drop_zero_advantages and objective.advantage_weighted and objective.trust_region is None
         )
 
-    # -- cuts -----------------------------------------------------------------------------------------------------------
     def split(self, batch: Batch) -> list[Batch]:
         """The micro-batches of one process and optimizer step."""
         if self.budget is not None:

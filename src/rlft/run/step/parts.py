@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from rlft.config import Config
 from rlft.objective import Objective
@@ -14,9 +16,25 @@ from rlft.run.measure.journal import Journal
 from rlft.run.processes.processes import Processes
 from rlft.run.step.batch_sizes import BatchSizes
 from rlft.run.step.players import Players
-from rlft.run.step.stages import Stages
+from rlft.types import Batch
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "Stages"]
+
+
+class Stages(Protocol):
+    """Methods of the trainer that a run's objects call back: a subclass may override each."""
+
+    def rollout(self, indices: Sequence[Any], step: int) -> Batch: ...
+
+    def score(
+        self, examples: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]
+    ) -> Any: ...
+
+    def prepare(self, batch: Batch) -> Batch: ...
+
+    def forward(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]: ...
+
+    def save_model(self, folder: str | Path) -> None: ...
 
 
 @dataclass(frozen=True)

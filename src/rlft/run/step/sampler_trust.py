@@ -205,7 +205,6 @@ class SamplerTrust(Watcher):
                     return "they are those of the model without its adapter: the adapter never reached the sampler"
         return None
 
-    # -- kept ---------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Whether log-probs were found equal."""
         return {"sampler_agrees": self.agrees}

@@ -55,7 +55,6 @@ class Sampling:
         # both answers of a pair come from the mixture where there is one; one that meets an opponent, from the policy
         self._mixture = comparisons.opponent if comparisons is not None and comparisons.pairs else None
 
-    # -- for training -----------------------------------------------------------------------------------------------------
     def draw(self, examples: Sequence[Any], *, seed: int) -> Batch:
         """Sample, score, and collate; metrics of the samples go to the journal.
 
@@ -150,7 +149,6 @@ class Sampling:
         batch = with_columns(batch, examples, self.objective) if self.objective.columns else batch
         return batch.to(self.processes.device)
 
-    # -- for evaluation ---------------------------------------------------------------------------------------------------
     def greedy(self, examples: Sequence[Any]) -> Rollout:
         """One greedy answer for each prompt."""
         return self.sampler.sample(
@@ -162,7 +160,6 @@ class Sampling:
             poll=self.processes.poll,
         )
 
-    # -- measured -----------------------------------------------------------------------------------------------------------
     def _record_lengths(self, sampled: Rollout) -> None:
         lengths = torch.tensor([float(len(ids)) for ids in sampled.completion_ids], dtype=torch.float64)
         finished = torch.tensor(sampled.finished)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlft.run.step.stages import Stages
+from rlft.run.step.parts import Stages
 from rlft.types import Batch
 
 __all__ = ["OfflineSource", "OnlineSource", "Refill", "Source"]

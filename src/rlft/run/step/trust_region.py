@@ -52,7 +52,6 @@ class TrustRegion:
         self.batches: list[Batch] = []
         self.old: list[fisher.Remembered] = []
 
-    # -- before the gradient ------------------------------------------------------------------------------------------
     @torch.no_grad()
     def begin(self, micro_batches: list[Batch], objective: Objective) -> list[Batch]:
         """Note the policy that the step starts from; its log-probs go into the batches, where they are not yet.
@@ -76,7 +75,6 @@ class TrustRegion:
         self.before = self._loss()
         return self.batches
 
-    # -- after it -------------------------------------------------------------------------------------------------------
     def apply(self) -> None:
         """Take the step with the gradient that the backward passes left; only the critic's is left to the optimizer."""
         gradient = trust_region.flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.weights])

@@ -189,7 +189,6 @@ class Update:
         grown = [t for t in outputs.values() if t.requires_grad]
         return torch.stack([t.sum() for t in grown]).sum() * float("nan")
 
-    # -- kept -----------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Steps that were left out; the optimizer's moments are a part of the checkpoint by themselves."""
         return {"nonfinite_steps": self.nonfinite_steps}
