@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rlft.run.setup.objective import objective_for
 
 from rlft import rules
 from rlft.config import Config, load_config
 from rlft.rewards import load_reward
+from rlft.run.setup.build import objective_for
 from rlft.trainer import Trainer
 from tests.results.runs import CONFIGS, DATA, SMALL, needs_data
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from rlft.run.setup.objective import objective_for
 
 from rlft import cli, losses, recipes, rules
 from rlft.config import Config, load_config
 from rlft.data import detect_format
 from rlft.rewards import BUILTIN_REWARDS
+from rlft.run.setup.build import objective_for
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -18,8 +18,9 @@ from torch import nn
 from rlft import checkpoint
 from rlft.config import SELF_CHECKS, Config, ConfigError, load_config
 from rlft.errors import Interrupted, TrainingError
+from rlft.models.tensor_hashes import fingerprint
 from rlft.run.checks import before
-from rlft.run.checks.first_step import FirstStep, fingerprint, modules_of
+from rlft.run.checks.first_step import FirstStep, modules_of
 from tests.bad_input.common import ANSWERS, PAIRS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import BOS_ID, char_tokenizer, tiny_llama
 

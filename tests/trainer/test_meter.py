@@ -260,7 +260,7 @@ def test_mfu_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
     journal, notes = on_a(monkeypatch, "NVIDIA H200", policy)
     assert not notes
     used = LayoutUsed(computed=120, tokens=100, repeated=100, scored=40, rows=2)
-    with journal.phase("forward_backward"):
+    with journal.meter.phase("forward_backward"):
         pass
     journal.meter.passed(used, backward=True)
     values = journal.flush()

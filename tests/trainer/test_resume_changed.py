@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from rlft import Trainer, recipes
+from rlft.checkpoint._tensorfile import tensor_bytes
 from rlft.config import Config, ConfigError
 from rlft.data import tokenize
 from rlft.errors import Interrupted
-from rlft.run.keep.record import sampled_hash, tensor_bytes
+from rlft.models.tensor_hashes import sampled_hash
 from tests.tiny import char_tokenizer, tiny_llama
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(12)]
@@ -319,7 +320,7 @@ def test_the_fingerprint_of_weights_is_cheap_and_sees_every_block(monkeypatch: p
     assert sampled_hash(large.view(torch.bfloat16).view(1024, -1).T) != base  # not contiguous
     hashed: list[int] = []
     monkeypatch.setattr(
-        "rlft.run.keep.record.tensor_bytes", lambda flat: hashed.append(flat.nbytes) or tensor_bytes(flat)
+        "rlft.models.tensor_hashes.tensor_bytes", lambda flat: hashed.append(flat.nbytes) or tensor_bytes(flat)
     )
     sampled_hash(torch.empty(1 << 30, dtype=torch.uint8))
     assert hashed == [1 << 20]  # whatever the size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class Control:
     should_log: bool = False
     should_epoch_stop: bool = False
 
+    def set(self, wishes: Iterable[bool]) -> None:
+        """Take in what was wished for, one value per field."""
+        for wish, value in zip(fields(self), wishes, strict=True):
+            setattr(self, wish.name, value)
+
 
 class Arguments:
     """The settings of a run under the names that callbacks of transformers read.
@@ -97,15 +102,19 @@ class CallbackHandler(Watcher):
     """Calls the callbacks of a run in order, on every process, and owns what they asked for.
 
     Args:
-        listed: functions ``(event, trainer, values)`` and ``TrainerCallback`` objects; the list may grow.
-        trainer: what they are called with.
+        trainer: whose ``callbacks`` they are: functions ``(event, trainer, values)``, and ``TrainerCallback`` objects.
         parts: of the run.
     """
 
-    def __init__(self, listed: Sequence[Any], trainer: Any, parts: Parts) -> None:
-        self.listed, self.trainer, self.parts = listed, trainer, parts
+    def __init__(self, trainer: Any, parts: Parts) -> None:
+        self.trainer, self.parts = trainer, parts
         self.processes, self.progress = parts.processes, parts.processes.progress
         self.control, self.args = Control(), Arguments(parts)
+
+    @property
+    def listed(self) -> list[Any]:
+        """The callbacks of now: a script may add some."""
+        return self.trainer.callbacks
 
     @property
     def sees_updates(self) -> bool:
@@ -139,14 +148,13 @@ class CallbackHandler(Watcher):
             **({} if name is None else {name: dict(values)}),
         )
         if answer is not None and answer is not self.control:  # a control of its own
-            for wish in fields(Control):
-                setattr(self.control, wish.name, bool(getattr(answer, wish.name)))
+            self.control.set(bool(getattr(answer, wish.name)) for wish in fields(Control))
 
     def step_begins(self) -> None:
         """Forget what was asked for the last step, and say that the next one begins."""
         if not self.listed:
             return
-        self.control = Control(self.control.should_training_stop)
+        self.control.set([self.control.should_training_stop, False, False, False, False])
         per_epoch, step = self.progress.steps_per_epoch, self.progress.step
         if per_epoch and step % per_epoch == 0:
             self.call("epoch_begin", {})
@@ -205,7 +213,7 @@ class CallbackHandler(Watcher):
         """What was asked for on any process, so that all do the same. Collective where there are callbacks."""
         if self.listed and self.processes.world_size > 1:
             own = torch.tensor([float(wish) for wish in astuple(self.control)])
-            self.control = Control(*(bool(n) for n in self.processes.sum(own).tolist()))
+            self.control.set(bool(count) for count in self.processes.sum(own).tolist())
         if self.control.should_epoch_stop:
             self.parts.journal.warn_once(
                 "epoch stop",

@@ -44,6 +44,7 @@ class Connected:
 
     Attributes:
         state: how far the run is, a :class:`~rlft.run.progress.Progress`.
+        control: what callbacks ask of the loop, a :class:`~rlft.run.callbacks.Control`.
         watchers: who watches every step; one for the first joins them where its checks are on.
         streamed_rows: counts the rows of a stream; None for data in memory.
         ref_logps: reads or computes what the reference says of the data; None where that is not asked for.
@@ -59,7 +60,8 @@ class Connected:
         self.accelerator, self.device, self.rank = processes.accelerator, processes.device, processes.rank
         self.world_size, self.is_main = processes.world_size, processes.is_main
         self.state, self.journal, self.callbacks = processes.progress, parts.journal, callbacks
-        self.callback_handler = CallbackHandler(callbacks, self, parts)
+        self.callback_handler = CallbackHandler(self, parts)
+        self.control = self.callback_handler.control
         self._connect_step(parts)
         self._connect_files(parts)
 

@@ -125,6 +125,8 @@ class Checkpoints:
             stopping: the run ends for a reason of its own, which a callback that raises must not replace.
         """
         self.journal.log.sync()
+        if self._is_best(self.progress.step):
+            self.progress.best_model_checkpoint = str(self.run_dir / checkpoint.checkpoint_name(self.progress.step))
         with self.journal.meter.phase("save"):
             written = self._write(self._boundary or self.snapshot(), self.run_dir, self.config.save_total_limit)
         self._saved(written, stopping)
@@ -197,13 +199,16 @@ class Checkpoints:
             records=records,
             config_hash=self.config.digest(),
             keep=keep,
-            best=state.step > 0 and self.progress.best_global_step == state.step,
+            best=self._is_best(state.step),
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             barrier=self.processes.accelerator.wait_for_everyone,
             extra_writer=(lambda folder: self.export.write(folder / "model", whole)) if is_main else None,
             extra_bytes=self.export.size() if is_main else 0,
         )
+
+    def _is_best(self, step: int) -> bool:
+        return step > 0 and self.progress.best_global_step == step
 
     def _part(self, name: str) -> dict[str, Tensor]:
         """Tensors of the reference, or of the policy that sampled what is still to be trained on; a reward model has none."""
