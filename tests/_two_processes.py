@@ -140,7 +140,7 @@ def nonfinite(folder: Path) -> dict[str, Any]:
         said = ""
     except RuntimeError as error:
         said = str(error)
-    return {"sums": sums, "skipped": t.nonfinite_steps, "step": t.step, "said": said}
+    return {"sums": sums, "skipped": t.update.nonfinite_steps, "step": t.step, "said": said}
 
 
 #: Held-out rows, and how many of them: also an odd number, and fewer than there are processes.

@@ -14,7 +14,7 @@ from rlft.config import Config, ConfigError
 from rlft.errors import TrainingError
 from rlft.metrics import read_metrics
 from rlft.rollout import Rollout, make_sampler
-from rlft.run.step.answers import sampling_params
+from rlft.run.step.calls import sampling_params
 from rlft.run.step.sampler_trust import EXACT, ROUGH, SamplerTrust
 from tests.bad_input.common import ANSWERS, PROMPTS, refused, same, state, trainer, varied
 from tests.tiny import char_tokenizer

@@ -63,7 +63,7 @@ def test_found_by_mutation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """What earlier series found, each in its smallest form."""
     from rlft.config import ConfigError, load_config
     from rlft.data import load_rows
-    from rlft.models.files import read_json
+    from rlft.models.folder_checks import read_json
 
     for said in (
         "epsilon=!!int ''",

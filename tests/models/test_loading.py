@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlft.models import load_causal_lm, load_sequence_classifier
-from rlft.models.files import check_folder
+from rlft.models.folder_checks import check_folder
 from rlft.models.pretrained import new_head
 from tests.tiny import tiny_llama, tiny_qwen2
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from rlft import Trainer
-from rlft.run.checks import before as selfcheck
-from rlft.run.checks import first_step
-from rlft.run.step import sampler_trust as watchdog
-from rlft.run.step import sampling as online
+from rlft.run.checks.before import SelfChecks
+from rlft.run.checks.first_step import FirstStep
+from rlft.run.step.sampler_trust import SamplerTrust
 from tests.tiny import char_tokenizer
 
 MODEL = {
@@ -52,11 +51,14 @@ def main() -> None:
 
         return around
 
-    selfcheck.before = timed("self-checks before the first step", selfcheck.before)
-    first_step.watch = timed("fingerprints of all weights before it", first_step.watch)
-    for part in ("counted", "saw", "before_update", "after_update"):
-        setattr(first_step.FirstStep, part, timed("checks inside the first step", getattr(first_step.FirstStep, part)))
-    online.watchdog.watch = timed("watchdog, one comparison", watchdog.watch)
+    def time_of(kind: Any, method: str, name: str) -> None:
+        setattr(kind, method, timed(name, getattr(kind, method)))
+
+    time_of(SelfChecks, "run", "self-checks before the first step")
+    time_of(FirstStep, "__init__", "fingerprints of all weights before it")
+    for part in ("begins", "saw", "before_update", "after_update"):
+        time_of(FirstStep, part, "checks inside the first step")
+    time_of(SamplerTrust, "look", "watchdog, one comparison")
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "objective": "grpo", "beta": 0.04, "output_dir": folder, "max_steps": 3, "use_peft": True, "num_generations": 8,

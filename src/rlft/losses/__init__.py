@@ -35,9 +35,9 @@ from rlft.losses.ratios import cispo, gspo, gspo_token, ppo_penalty, sapo
 from rlft.losses.reinforce import kl_policy_gradient, kl_policy_gradient_exact, reinforce, rloo
 from rlft.losses.reward_model import bradley_terry, bradley_terry_margin
 from rlft.losses.reward_rows import process_reward, reward_binary, reward_ranking, reward_regression
-from rlft.losses.rows import ld_dpo, rrhf, unlikelihood
 from rlft.losses.sft import distillation, sft
 from rlft.losses.slic import slic, slic_hf
+from rlft.losses.token_preferences import ld_dpo, rrhf, unlikelihood
 from rlft.losses.transport import aot, aot_unpaired
 from rlft.losses.trpo import trpo
 

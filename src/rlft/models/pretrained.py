@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rlft import _check
-from rlft.models import files
+from rlft.models import folder_checks as files
 from rlft.models.scorer import unwrap
 
 __all__ = ["is_head", "load", "new_head", "parse_dtype", "quantization", "remember_new", "trained"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rlft.models import files
+from rlft.models import folder_checks as files
 from rlft.models.scorer import unwrap
 
 __all__ = ["check_tokenizer", "load_tokenizer"]

@@ -13,7 +13,7 @@ import torch
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.llama_structure import unknown
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
+from rlft.rollout.sampling_mode import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
 from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_adapters

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlft import _check
 from rlft.rollout.decode_loop import DecodeLoop
 from rlft.rollout.fast_sampler import unsupported
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
+from rlft.rollout.sampling_mode import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
 from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlft import _check
 from rlft.rollout.draw import draw, greedy, penalise
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
 from rlft.rollout.randomness import row_keys, uniforms
+from rlft.rollout.sampling_mode import check_context, end_token_ids, generating_model, sampling_mode, vocab_size
 from rlft.rollout.stop_strings import STOPPED, StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlft.rollout.modes import check_context, end_token_ids, generating_model, vocab_size
 from rlft.rollout.randomness import fold_seed
+from rlft.rollout.sampling_mode import check_context, end_token_ids, generating_model, vocab_size
 from rlft.rollout.stop_strings import StopStrings
 from rlft.rollout.types import Rollout, Sampler, SamplingParams, check_request, each_params
 from rlft.rollout.weights import merged_weights

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.rollout.modes import generating_model
+from rlft.rollout.sampling_mode import generating_model
 
 __all__ = ["merged_adapters", "merged_weights"]
 

@@ -20,7 +20,7 @@ from rlft.rollout import Rollout, fold_seed
 from rlft.rollout.randomness import row_keys, uniforms
 from rlft.rollout.select import Pairs, keep_best, keep_by_rejection, keep_from, select_pairs
 from rlft.rules.comparisons import plays, wants_pairs
-from rlft.run.step import answers
+from rlft.run.step import calls
 from rlft.run.step.generation_counts import GenerationCounts
 from rlft.run.step.parts import Parts
 from rlft.types import Batch
@@ -147,7 +147,7 @@ class Comparisons:
             theirs = self.opponent.sample(
                 [e.prompt_ids for e in examples],
                 n,
-                answers.sampling_params(self.config),
+                calls.sampling_params(self.config),
                 seed=other,
                 weight_version=self.processes.progress.step,
                 poll=self.processes.poll,
@@ -191,7 +191,7 @@ class Comparisons:
     def win_rate_of_greedy(self, examples: Sequence[Any], sampled: Rollout) -> Tensor:
         """For evaluation: how often a greedy answer beats the reference's greedy answer, by the judge; ``[B]``."""
         assert self.baseline is not None
-        params = answers.sampling_params(self.config, greedy=True)
+        params = calls.sampling_params(self.config, greedy=True)
         theirs = self.baseline.sample([e.prompt_ids for e in examples], 1, params, seed=0, poll=self.processes.poll)
         return self.compare(examples, sampled, theirs, seed=0, training=False)
 
@@ -237,7 +237,7 @@ class Comparisons:
         """Call the judge: a reward function that also gets ``opponents`` and returns probabilities."""
         self.processes.poll()
         assert self.judge is not None
-        call = answers.reward_call(examples, first, ids, self.processes.progress, training=training)
+        call = calls.reward_call(examples, first, ids, self.processes.progress, training=training)
         if "opponents" in call["columns"]:
             raise ValueError("the column name 'opponents' is an argument of every judge; rename the column")
         call["columns"]["opponents"] = list(second)
@@ -257,7 +257,7 @@ class Comparisons:
         return won
 
     def _texts(self, examples: Sequence[Any], sampled: Rollout) -> list[Any]:
-        return answers.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
+        return calls.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
 
     def describe(self) -> dict[str, str]:
         """Rows of the table shown before a run: what is compared, with whom, and what is kept."""

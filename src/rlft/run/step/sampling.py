@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlft._failpoint import instant
 from rlft.rollout import Rollout
-from rlft.run.step import answers
+from rlft.run.step import calls
 from rlft.run.step.collate import with_columns
 from rlft.run.step.comparisons import Comparisons
 from rlft.run.step.generation_counts import GenerationCounts
@@ -48,8 +48,8 @@ class Sampling:
         self.comparisons, config = comparisons, parts.config
         self.processes, self.journal, self.errors = parts.processes, parts.journal, errors
         self.trust, self.counts, self.stages = trust, counts, parts.stages
-        self.params = answers.sampling_params(config)
-        self.greedy_params = answers.sampling_params(config, greedy=True)
+        self.params = calls.sampling_params(config)
+        self.greedy_params = calls.sampling_params(config, greedy=True)
         self._training = True
         self._precision = torch.float64 if next(parts.policy.parameters()).dtype == torch.float64 else torch.float32
         # both answers of a pair come from the mixture where there is one; one that meets an opponent, from the policy
@@ -99,7 +99,7 @@ class Sampling:
             training: False for held-out prompts.
         """
         self.processes.poll()
-        completions = answers.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
+        completions = calls.decoded(self.tokenizer, self.config.stop_token_ids, examples, sampled)
         self._training = training
         try:
             with self.journal.meter.phase("reward"), instant("train.reward"):
@@ -120,7 +120,7 @@ class Sampling:
     def score(self, examples: Sequence[Any], completions: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
         """Call the reward functions with TRL's keywords, see :meth:`rlft.Trainer.score`."""
         assert self.rewards is not None
-        call = answers.reward_call(examples, completions, ids, self.processes.progress, training=self._training)
+        call = calls.reward_call(examples, completions, ids, self.processes.progress, training=self._training)
         return self.rewards(**call, poll=self.processes.poll)
 
     def batch_of(self, examples: Sequence[Any], sampled: Rollout, rewards: Tensor) -> Batch:

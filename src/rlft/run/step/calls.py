@@ -1,4 +1,4 @@
-"""Sampled answers: how they are asked for, and how reward functions and judges see them."""
+"""How a sampler is asked for answers, and how reward functions and judges are called with them."""
 
 from __future__ import annotations
 
