@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlft.models import adapters, files, pretrained
+from rlft.models import adapters, folder_checks, pretrained
 from rlft.models.lora import full_precision
 
 __all__ = ["load_adapter", "load_causal_lm", "load_sequence_classifier"]
@@ -144,11 +144,11 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
     from safetensors import safe_open
 
     folder = Path(folder).expanduser()
-    files.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
+    folder_checks.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")
-    config = files.read_json(folder / "adapter_config.json")
+    config = folder_checks.read_json(folder / "adapter_config.json")
     _check_rank(weights, config)
     base_name = config.get("base_model_name_or_path")
     if model is None:
@@ -196,7 +196,7 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
 
 def _adapter_folder(source: Any) -> Path | None:
     """The folder, when the source is one that holds a peft adapter."""
-    if isinstance(source, (str, Path)) and files.is_local(source):
+    if isinstance(source, (str, Path)) and folder_checks.is_local(source):
         folder = Path(source).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
     return None

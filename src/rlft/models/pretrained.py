@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rlft import _check
-from rlft.models import folder_checks as files
+from rlft.models import folder_checks
 from rlft.models.scorer import unwrap
 
 __all__ = ["is_head", "load", "new_head", "parse_dtype", "quantization", "remember_new", "trained"]
@@ -98,11 +98,11 @@ def load(
             model = auto_class.from_config(config, **extra)
         every = [name for name, _ in model.named_parameters() if is_head(name)] if config_changes else []
         return model.to(torch_dtype).eval(), every
-    if files.is_local(source):
+    if folder_checks.is_local(source):
         source = Path(source).expanduser()
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} has no config.json; give the folder that save_pretrained wrote")
-        files.check_folder(source, trust_remote_code=trust_remote_code)
+        folder_checks.check_folder(source, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": torch_dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     options |= config_changes
     if revision is not None:
@@ -124,7 +124,7 @@ def load(
             if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
                 raise ValueError(_mismatch(source, config_changes, revision, trust_remote_code)) from error
             if isinstance(error, OSError) and not isinstance(source, Path):
-                raise ValueError(files.not_from_hub("model", source, error)) from error
+                raise ValueError(folder_checks.not_from_hub("model", source, error)) from error
             if not isinstance(source, Path):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rlft.models import folder_checks as files
+from rlft.models import folder_checks
 from rlft.models.scorer import unwrap
 
 __all__ = ["check_tokenizer", "load_tokenizer"]
@@ -48,15 +48,15 @@ def load_tokenizer(source: Any, *, revision: str | None = None, trust_remote_cod
         return _complete(source)
     from transformers import AutoTokenizer
 
-    if files.is_local(source):
+    if folder_checks.is_local(source):
         folder = Path(source).expanduser()
-        files.check_folder(folder, trust_remote_code=trust_remote_code)
+        folder_checks.check_folder(folder, trust_remote_code=trust_remote_code)
         has_own = any(
             (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         )
         adapter = folder / "adapter_config.json"
         if not has_own and adapter.is_file():
-            base = files.read_json(adapter).get("base_model_name_or_path")
+            base = folder_checks.read_json(adapter).get("base_model_name_or_path")
             if not base:
                 raise ValueError(f"{folder} holds an adapter without tokenizer or base model name; name the tokenizer")
             return load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
@@ -75,7 +75,7 @@ def load_tokenizer(source: Any, *, revision: str | None = None, trust_remote_cod
             ) from error
         if not isinstance(error, OSError):
             raise
-        raise ValueError(files.not_from_hub("tokenizer", source, error)) from error
+        raise ValueError(folder_checks.not_from_hub("tokenizer", source, error)) from error
     return _complete(loaded)
 
 
