@@ -41,13 +41,8 @@ class FirstStep(Watcher):
     def __init__(self, parts: Parts) -> None:
         self.config, self.policy, self.optimizer = parts.config, parts.policy, parts.optimizer
         config, processes = parts.config, parts.processes
-        self.processes, self.journal, self.temperature, self.spent = (
-            parts.processes,
-            parts.journal,
-            parts.temperature,
-            0.0,
-        )
-        self.objective = parts.objective  # its weights do not matter here
+        self.processes, self.journal, self.temperature = parts.processes, parts.journal, parts.temperature
+        self.objective, self.spent = parts.objective, 0.0  # the objective's weights do not matter here
         self.whole = config.checks_itself("first_step")
         self.ratio = config.checks_itself("on_policy") and parts.online
         started = time.perf_counter()
