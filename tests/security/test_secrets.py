@@ -16,7 +16,6 @@ import pytest
 import rlft
 from rlft._redact import LOGGERS, redact, secret_keys
 from rlft.config import Config, ConfigError, load_config
-from rlft.run import display
 from tests.bad_input.common import ANSWERS, MODEL, trainer, varied
 
 ROOT = Path(__file__).parents[2]
@@ -208,10 +207,10 @@ def test_samples_on_the_screen_are_redacted(
     t.train()
     t = trainer(tmp_path / "b", "rloo", [{"prompt": "Zq7xkW2v"}] * 4, reward=varied, beta=0.0, **settings)
     t.evaluate()
-    display.say(t, "saw Zq7xkW2v")
-    display.note(t, "noted Zq7xkW2v")
+    t.journal.say("saw Zq7xkW2v")
+    t.journal.note("noted Zq7xkW2v")
     with pytest.warns(UserWarning, match=r"^warned of \[redacted\]$"):
-        display.warn(t, "warned of Zq7xkW2v")
+        t.journal.warn("warned of Zq7xkW2v")
     printed = capsys.readouterr()
     assert "Zq7xkW2v" not in printed.out + printed.err
     for words in ("[redacted]", "] [redacted] -> ", "saw [redacted]", "noted [redacted]"):

@@ -144,7 +144,9 @@ def load_adapter(folder: str | Path, *, model: Any = None, classifier: bool = Fa
     from safetensors import safe_open
 
     folder = Path(folder).expanduser()
-    folder_checks.check_folder(folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model")
+    folder_checks.check_folder(
+        folder, trust_remote_code=bool(options.get("trust_remote_code", False)), weights="adapter_model"
+    )
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -46,7 +47,7 @@ class Evaluation:
         Random numbers, metrics of the training step and the data order are as they were, afterwards: evaluating more often
         changes no training result.
         """
-        data, sampling = self.data, self.sampling
+        data, sampling, control = self.data, self.sampling, self.passes.kl_control
         if dataset is not None:
             settings = replace(self.config, eval_dataset_config=None)  # that one is of eval_data
             rows = load_setting(settings, "eval_data", dataset)
@@ -55,7 +56,7 @@ class Evaluation:
             raise ValueError("there is no evaluation data; pass eval_dataset, or set eval_data")
         rng = checkpoint.rng_state()
         try:
-            with self.journal.apart() as sums:
+            with self.journal.apart() as sums, control.apart() if control is not None else contextlib.nullcontext():
                 with torch.no_grad(), instant("train.evaluate"):
                     if sampling is None:
                         self._offline(objective, data.examples)

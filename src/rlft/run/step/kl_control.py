@@ -9,8 +9,9 @@ first one always measures zero.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,15 @@ class KLControl(Watcher):
     def forget(self) -> None:
         """Begin to measure anew."""
         self.total, self.count, self.rows = 0.0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is measured inside, in an evaluation, is no step's."""
+        kept = self.total, self.count, self.rows
+        try:
+            yield
+        finally:
+            self.total, self.count, self.rows = kept
 
     def _take(self, values: Tensor, mask: Tensor, rows: int) -> None:
         """Take measured KLs in, under the mask of the logged metric; ``rows`` answers were looked at."""
