@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -91,6 +92,26 @@ def _exact(norm: type) -> type:
     return type(norm.__name__, (norm,), {"forward": forward})
 
 
+@functools.cache
+def _exact_attention() -> None:
+    """Gemma 2's eager attention without the float32 softmax inside, for float64 models.
+
+    It rounds float64 scores to float32: two ways to one number that are 1e-16 apart come out 1e-8 apart, on some processors
+    and not on others.
+    """
+    from transformers.models.gemma2 import modeling_gemma2
+
+    eager, softmax = modeling_gemma2.eager_attention_forward, torch.nn.functional.softmax
+
+    def forward(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if query.dtype != torch.float64:
+            return eager(module, query, *args, **kwargs)
+        with mock.patch.object(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)):
+            return eager(module, query, *args, **kwargs)
+
+    modeling_gemma2.eager_attention_forward = forward
+
+
 def _rope(config_name: str, overrides: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
     import transformers
 
@@ -144,6 +165,7 @@ def tiny_gemma2(*, seed: int = 0, dtype: torch.dtype = torch.float32, head: str 
         "sliding_window": 6,
         "tie_word_embeddings": True,
     }
+    _exact_attention()
     return _build(_rope("Gemma2Config", config, defaults), seed=seed, dtype=dtype, head=head)
 
 
