@@ -1,17 +1,30 @@
-"""From rewards to advantages, by name: the step between a batch and a loss that takes ``advantages``."""
+"""From rewards to advantages, by name: the step between a batch and a loss, and what is masked before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft import advantages
+from rlft import _check, advantages, reduce
 from rlft.types import Batch
 
-__all__ = ["ADVANTAGES", "SIBLINGS", "WHOLE_STEP", "Everyone", "group_advantages", "to_go", "token_rewards"]
+__all__ = [
+    "ADVANTAGES",
+    "PER_TOKEN",
+    "SIBLINGS",
+    "WHOLE_STEP",
+    "Everyone",
+    "check_to_go",
+    "drop_lone",
+    "drop_unscored",
+    "group_advantages",
+    "to_go",
+    "token_rewards",
+    "with_gae",
+]
 
 #: Numbers of this process, ``[n]`` -> those of all processes in their order, and where its own are among them.
 Everyone = Callable[[Tensor], tuple[Tensor, slice]]
@@ -32,6 +45,31 @@ WHOLE_STEP: dict[str, Callable[..., Tensor]] = {
     "batch_norm": ADVANTAGES["reward"],
     "group_mean_batch_norm": advantages.group_mean,
 }
+
+
+def drop_unscored(batch: Batch, min_group: int, name: str) -> Batch:
+    """Mask unscored rows, and groups that unscored rows made too small to have a baseline."""
+    if batch.rewards is None:
+        raise ValueError(f"objective {name!r} needs rewards; give reward functions or a dataset with scores")
+    sizes = torch.bincount(batch.group_ids, minlength=batch.num_groups)
+    if min_group > 1 and bool((sizes == 1).any()):
+        raise ValueError(
+            f"objective {name!r} compares answers of one prompt: groups need at least {min_group}, got a group of 1; "
+            f"set num_generations >= {min_group}, or give several scored completions per prompt"
+        )
+    scored = ~torch.isnan(batch.rewards) & batch.mask.any(-1)
+    members = reduce.segment_sum(scored.double(), batch.group_ids, batch.num_groups)
+    usable = scored & (members >= min_group)[batch.group_ids]
+    return batch.replace(mask=batch.mask & usable[:, None], rewards=batch.rewards.where(usable, float("nan")))
+
+
+def drop_lone(batch: Batch, min_group: int) -> Batch:
+    """Mask the rest of a group that blank rows made too small for the loss, so that no count has it in."""
+    if min_group < 2:
+        return batch
+    alive = batch.mask.any(-1)
+    members = reduce.segment_sum(alive.double(), batch.group_ids, batch.num_groups)
+    return batch.replace(mask=batch.mask & (members >= min_group)[batch.group_ids, None])
 
 
 def group_advantages(
@@ -85,3 +123,56 @@ def to_go(
     if not whiten:
         return found
     return _whiten(found, batch.mask & ~torch.isnan(batch.rewards)[:, None], everyone)
+
+
+def check_to_go(settings: Mapping[str, Any], *, penalised: bool, per_token: bool, name: str) -> None:
+    """Refuse settings of :func:`to_go` that cannot work, or would do nothing.
+
+    Args:
+        settings: those that are given.
+        penalised: whether a KL penalty is in the reward of each token.
+        per_token: whether the loss is.
+        name: of the objective, for messages.
+
+    Raises:
+        ValueError: naming the setting and the remedy.
+    """
+    baseline, gamma = settings.get("baseline", "leave_one_out"), settings.get("gamma", 1.0)
+    if baseline not in ("leave_one_out", "none"):
+        raise ValueError(
+            f"baseline {baseline!r} is unknown{_check.suggestion(str(baseline), ['leave_one_out', 'none'])}"
+        )
+    _check.number("gamma", gamma, low=0.0, high=1.0)
+    if not isinstance(settings.get("whiten", False), bool):
+        raise ValueError(f"whiten must be true or false, got {settings['whiten']!r}")
+    if not penalised and gamma == 1.0:
+        raise ValueError(
+            "advantage='reward_to_go' does nothing: without kl='reward' or gamma < 1 every token is followed by the "
+            "answer's reward alone; use advantage='leave_one_out' or 'reward'"
+        )
+    if not per_token:
+        raise ValueError(f"advantage='reward_to_go' is per token, and {name!r} is per sequence; use 'leave_one_out'")
+
+
+def with_gae(batch: Batch, penalty: Tensor | None, name: str, **settings: Any) -> Batch:
+    """The batch with advantages and returns of :func:`rlft.advantages.gae`, from the critic's values.
+
+    Args:
+        batch: with rewards.
+        penalty: ``[B, T]`` the KL penalty of each token, or None.
+        name: of the objective, for messages.
+        **settings: of :func:`rlft.advantages.gae`.
+
+    Raises:
+        ValueError: without a critic's values.
+    """
+    if batch.values is None:
+        raise ValueError(f"objective {name!r} needs the critic's values; build the policy with a critic")
+    assert batch.rewards is not None
+    each = token_rewards(batch, batch.rewards, penalty).to(batch.values.dtype)
+    advantage, returns = advantages.gae(each, batch.values, batch.mask, **settings)
+    return batch.replace(advantages=advantage, returns=returns)
+
+
+#: Advantages per token, which need more of a batch than rewards and groups.
+PER_TOKEN: dict[str, Callable[..., Any]] = {"gae": advantages.gae, "reward_to_go": to_go}

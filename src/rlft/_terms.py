@@ -23,6 +23,7 @@ __all__ = [
     "beside",
     "bind",
     "check_rows",
+    "evaluate",
     "probe",
     "split_signature",
 ]
@@ -243,6 +244,56 @@ def bind(name: str, outputs: Mapping[str, Tensor], batch: Batch, objective: str)
         f"{', '.join(present)}); add a numeric dataset column of that name, fill Batch.extras in Trainer.prepare, "
         f"or use another objective"
     )
+
+
+def evaluate(term: Term, outputs: Mapping[str, Tensor], batch: Batch, objective: str) -> LossOutput:
+    """A term's loss on a batch, unreduced, with the mask of the entries that count.
+
+    Args:
+        term: of an objective.
+        outputs: what the forward pass returned, by name.
+        batch: constants.
+        objective: its name, for messages.
+
+    Raises:
+        ValueError: for a quantity that nothing gives, or a loss of another form or shape.
+    """
+    if term.rows == "chosen":
+        batch = batch.replace(mask=term.mask(batch))
+    if term.hyper.get("beta") == 0:
+        zeros = {name: torch.zeros_like(outputs["logps"]) for name in REFERENCE & set(term.sources)}
+        outputs = {**zeros, **({"ref_logps": outputs["logps"].detach()} if "ref_logps" in zeros else {}), **outputs}
+    tensors = [bind(name, outputs, batch, objective) for name in term.sources]
+    entries = term.entries(batch.mask)
+    apart = term.per_pair and getattr(term.function, "couples_rows", False)
+    output = _of_alive(term, tensors, entries) if apart else term.function(*tensors, **term.hyper)
+    if isinstance(output, Tensor):
+        output = LossOutput(output, {}, term.reduction)  # type: ignore[arg-type]
+    if not isinstance(output, LossOutput):
+        raise ValueError(f"{term.name} must return a LossOutput or an unreduced tensor, got {type(output).__name__}")
+    if output.loss.shape != entries.shape:
+        raise ValueError(
+            f"{term.name} returned a loss of shape {list(output.loss.shape)}, expected {list(entries.shape)}: "
+            f"return it unreduced, one entry per {'token' if entries.ndim > 1 else 'pair' if term.per_pair else 'sequence'}"
+        )
+    return replace(output, mask=output.counted & entries)
+
+
+def _of_alive(term: Term, tensors: list[Tensor], alive: Tensor) -> LossOutput:
+    """A loss that ranks pairs among each other, on those that count alone; 0 for the others."""
+    kept = [t[alive] for t in tensors]
+    output = term.function(*kept, **term.hyper)
+    if isinstance(output, Tensor):
+        output = LossOutput(output, {}, "mean")
+    if not isinstance(output, LossOutput) or output.loss.shape != kept[0].shape:
+        return output  # refused by the caller, in words
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(alive.shape).masked_scatter(alive, values)
+
+    metrics = {name: placed(values) for name, values in output.metrics.items()}
+    mask = None if output.mask is None else placed(output.mask)
+    return replace(output, loss=placed(output.loss), metrics=metrics, mask=mask)
 
 
 def probe(term: Term, name: str) -> str:

@@ -19,9 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import _check, advantages, kl, reduce
-from rlft._advantage import ADVANTAGES, SIBLINGS, WHOLE_STEP, Everyone, group_advantages, to_go, token_rewards
-from rlft._terms import FORWARD, MADE, REFERENCE, LossFunction, Term, beside, bind, check_rows, probe, split_signature
+from rlft import _check, kl, reduce
+from rlft._advantage import (
+    ADVANTAGES,
+    PER_TOKEN,
+    SIBLINGS,
+    WHOLE_STEP,
+    Everyone,
+    check_to_go,
+    drop_lone,
+    drop_unscored,
+    group_advantages,
+    to_go,
+    with_gae,
+)
+from rlft._terms import (
+    FORWARD,
+    MADE,
+    REFERENCE,
+    LossFunction,
+    Term,
+    beside,
+    check_rows,
+    evaluate,
+    probe,
+    split_signature,
+)
 from rlft.trust_region import TrustRegion
 from rlft.types import Batch, LossOutput
 
@@ -29,8 +52,6 @@ __all__ = ["ADVANTAGES", "Objective", "Term"]
 
 #: What a critic gives.
 VALUES = frozenset({"values", "old_values", "start_values"})
-#: Advantages per token, which need more of a batch than rewards and groups.
-_PER_TOKEN: dict[str, Callable[..., Any]] = {"gae": advantages.gae, "reward_to_go": to_go}
 
 
 class Objective:
@@ -140,36 +161,18 @@ class Objective:
         if self.advantage is None or self.advantage == "given":
             self.advantage = "given"
             return
-        if isinstance(self.advantage, str) and self.advantage not in {*ADVANTAGES, *_PER_TOKEN}:
-            known = [*ADVANTAGES, *_PER_TOKEN, "given"]
+        if isinstance(self.advantage, str) and self.advantage not in {*ADVANTAGES, *PER_TOKEN}:
+            known = [*ADVANTAGES, *PER_TOKEN, "given"]
             raise ValueError(f"advantage {self.advantage!r} is unknown{_check.suggestion(self.advantage, known)}")
-        function = self.advantage if callable(self.advantage) else {**ADVANTAGES, **_PER_TOKEN}[self.advantage]
+        function = self.advantage if callable(self.advantage) else {**ADVANTAGES, **PER_TOKEN}[self.advantage]
         keywords = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
         self.advantage_args = {key: given.pop(key) for key in list(given) if key in keywords}
         missing = [k for k, p in keywords.items() if p.default is p.empty and k not in self.advantage_args]
         if missing:
             raise ValueError(f"advantage {self.advantage!r} needs {', '.join(missing)}; give a number for each")
         if self.advantage == "reward_to_go":
-            self._check_to_go()
-
-    def _check_to_go(self) -> None:
-        baseline, gamma = self.advantage_args.get("baseline", "leave_one_out"), self.advantage_args.get("gamma", 1.0)
-        if baseline not in ("leave_one_out", "none"):
-            raise ValueError(
-                f"baseline {baseline!r} is unknown{_check.suggestion(str(baseline), ['leave_one_out', 'none'])}"
-            )
-        _check.number("gamma", gamma, low=0.0, high=1.0)
-        if not isinstance(self.advantage_args.get("whiten", False), bool):
-            raise ValueError(f"whiten must be true or false, got {self.advantage_args['whiten']!r}")
-        if self.kl != "reward" and gamma == 1.0:
-            raise ValueError(
-                "advantage='reward_to_go' does nothing: without kl='reward' or gamma < 1 every token is followed by the "
-                "answer's reward alone; use advantage='leave_one_out' or 'reward'"
-            )
-        if self.terms[0].reduction == "mean":
-            raise ValueError(
-                f"advantage='reward_to_go' is per token, and {self.name!r} is per sequence; use 'leave_one_out'"
-            )
+            per_token = self.terms[0].reduction != "mean"
+            check_to_go(self.advantage_args, penalised=self.kl == "reward", per_token=per_token, name=self.name)
 
     def _set_kl(self, kl_gradient: str | None, given: dict[str, Any]) -> None:
         self.beta = float(self.terms[0].hyper.get("beta", 0.0))
@@ -338,16 +341,16 @@ class Objective:
             The batch with what a loss needs.
         """
         if self.needs_rewards:
-            batch = _drop_unusable(batch, self.min_group, self.name)
+            batch = drop_unscored(batch, self.min_group, self.name)
         else:
-            batch = _drop_lone(batch, max(getattr(term.function, "min_group", 1) for term in self.terms))
+            batch = drop_lone(batch, max(getattr(term.function, "min_group", 1) for term in self.terms))
         if self.advantage in (None, "given"):
             return batch
         if batch.rewards is None:
             raise ValueError(f"objective {self.name!r} needs rewards; give reward functions or a dataset with scores")
         penalty = self._reward_penalty(batch)
         if self.advantage == "gae":
-            return self._prepare_gae(batch, penalty)
+            return with_gae(batch, penalty, self.name, **self.advantage_args)
         if self.advantage == "reward_to_go":
             return batch.replace(advantages=to_go(batch, penalty, everyone, **self.advantage_args))
         rewards = batch.rewards - reduce.sequence_sum(penalty, batch.mask) if penalty is not None else batch.rewards
@@ -362,14 +365,6 @@ class Objective:
                 f"objective {self.name!r} puts a KL term in the reward: the batch needs old_logps and ref_logps"
             )
         return self.beta * getattr(kl, self.kl_value)(batch.old_logps, batch.ref_logps, batch.mask)
-
-    def _prepare_gae(self, batch: Batch, penalty: Tensor | None) -> Batch:
-        if batch.values is None:
-            raise ValueError(f"objective {self.name!r} needs the critic's values; build the policy with a critic")
-        assert batch.rewards is not None
-        each = token_rewards(batch, batch.rewards, penalty).to(batch.values.dtype)
-        advantage, returns = advantages.gae(each, batch.values, batch.mask, **self.advantage_args)
-        return batch.replace(advantages=advantage, returns=returns)
 
     def denominators(self, batch: Batch) -> Tensor:
         """One float64 count per term, from the masks alone: additive over micro-batches and processes."""
@@ -392,36 +387,13 @@ class Objective:
         """
         total, results = None, []
         for term, count in zip(self.terms, denominators.tolist(), strict=True):
-            output = self._run(term, outputs, batch)
+            output = evaluate(term, outputs, batch, self.name)
             part = reduce.numerator(output.loss, output.counted, term.reduction, length=term.length)  # type: ignore[arg-type]
             part = part * (term.weight / count if count > 0 else 0.0)
             total = part if total is None else total + part
             results.append(output)
         assert total is not None
         return total, results
-
-    def _run(self, term: Term, outputs: Mapping[str, Tensor], batch: Batch) -> LossOutput:
-        if term.rows == "chosen":
-            batch = batch.replace(mask=term.mask(batch))
-        if term.hyper.get("beta") == 0:
-            zeros = {name: torch.zeros_like(outputs["logps"]) for name in REFERENCE & set(term.sources)}
-            outputs = {**zeros, **({"ref_logps": outputs["logps"].detach()} if "ref_logps" in zeros else {}), **outputs}
-        tensors = [bind(name, outputs, batch, self.name) for name in term.sources]
-        entries = term.entries(batch.mask)
-        apart = term.per_pair and getattr(term.function, "couples_rows", False)
-        output = _of_alive(term, tensors, entries) if apart else term.function(*tensors, **term.hyper)
-        if isinstance(output, Tensor):
-            output = LossOutput(output, {}, term.reduction)  # type: ignore[arg-type]
-        if not isinstance(output, LossOutput):
-            raise ValueError(
-                f"{term.name} must return a LossOutput or an unreduced tensor, got {type(output).__name__}"
-            )
-        if output.loss.shape != entries.shape:
-            raise ValueError(
-                f"{term.name} returned a loss of shape {list(output.loss.shape)}, expected {list(entries.shape)}: "
-                f"return it unreduced, one entry per {'token' if entries.ndim > 1 else 'pair' if term.per_pair else 'sequence'}"
-            )
-        return replace(output, mask=output.counted & entries)
 
     # -- words ------------------------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, str]:
@@ -469,45 +441,3 @@ def _sampled_kl_loss(
 def _exact_kl_loss(token_kl: Tensor, mask: Tensor) -> LossOutput:
     exact = token_kl.where(mask, 0.0)
     return LossOutput(exact, {"kl": exact.detach()}, "token_mean", mask)
-
-
-def _drop_unusable(batch: Batch, min_group: int, name: str) -> Batch:
-    """Mask unscored rows, and groups that unscored rows made too small to have a baseline."""
-    if batch.rewards is None:
-        raise ValueError(f"objective {name!r} needs rewards; give reward functions or a dataset with scores")
-    sizes = torch.bincount(batch.group_ids, minlength=batch.num_groups)
-    if min_group > 1 and bool((sizes == 1).any()):
-        raise ValueError(
-            f"objective {name!r} compares answers of one prompt: groups need at least {min_group}, got a group of 1; "
-            f"set num_generations >= {min_group}, or give several scored completions per prompt"
-        )
-    scored = ~torch.isnan(batch.rewards) & batch.mask.any(-1)
-    members = reduce.segment_sum(scored.double(), batch.group_ids, batch.num_groups)
-    usable = scored & (members >= min_group)[batch.group_ids]
-    return batch.replace(mask=batch.mask & usable[:, None], rewards=batch.rewards.where(usable, float("nan")))
-
-
-def _drop_lone(batch: Batch, min_group: int) -> Batch:
-    """Mask the rest of a group that blank rows made too small for the loss, so that no count has it in."""
-    if min_group < 2:
-        return batch
-    alive = batch.mask.any(-1)
-    members = reduce.segment_sum(alive.double(), batch.group_ids, batch.num_groups)
-    return batch.replace(mask=batch.mask & (members >= min_group)[batch.group_ids, None])
-
-
-def _of_alive(term: Term, tensors: list[Tensor], alive: Tensor) -> LossOutput:
-    """A loss that ranks pairs among each other, on those that count alone; 0 for the others."""
-    kept = [t[alive] for t in tensors]
-    output = term.function(*kept, **term.hyper)
-    if isinstance(output, Tensor):
-        output = LossOutput(output, {}, "mean")
-    if not isinstance(output, LossOutput) or output.loss.shape != kept[0].shape:
-        return output  # refused by the caller, in words
-
-    def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(alive.shape).masked_scatter(alive, values)
-
-    metrics = {name: placed(values) for name, values in output.metrics.items()}
-    mask = None if output.mask is None else placed(output.mask)
-    return replace(output, loss=placed(output.loss), metrics=metrics, mask=mask)

@@ -10,7 +10,7 @@ import torch
 from rlft.models import LoraSettings, Policy, add_lora
 from rlft.models.attention import attend, plan_segments
 from rlft.models.layout import build_rows
-from rlft.models.shared import build_shared
+from rlft.models.shared import build_shared, place
 from rlft.types import Batch
 from tests.models.oracle import alone, close, perturb, pick, trained_lora
 from tests.tiny import FAMILIES, random_batch, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
@@ -236,6 +236,24 @@ def test_the_packed_row_by_hand() -> None:
     assert row.ratio == 4 * 6 / 8
     assert build_shared(data, at_least=3.1) is None
     assert build_shared(data.select(torch.tensor([1]))) is None
+
+
+def test_the_places_of_a_row_by_hand() -> None:
+    """Prompts of 3, 5 and 2 tokens; 0 has completions of 2, 4 and 0 tokens, 1 one of 3, and 2 two of 3 and 1."""
+    lengths = [2, 3, 4, 0, 3, 1]
+    children = {0: [0, 2], 1: [1], 2: [4, 5]}
+    places = place(children, [3, 5, 2], lengths, drop=1)
+    # the shared prompt, its completions with the longest first, then the rest: 5 + 2, and 2 + 2 tokens
+    assert places.prompts == {1: 7, 0: 0, 2: 14}
+    assert list(places.prompts) == [1, 0, 2]
+    assert places.completions == [6, 12, 3, 0, 16, 0]
+    assert places.segments == [(0, 3), (3, 3), (6, 1), (7, 7), (14, 4)]
+    assert places.groups == [((3, 4), (0, 3))]
+    kept = place({**children, 0: [0, 2, 3]}, [3, 5, 2], lengths, drop=0)
+    assert kept.prompts == {1: 15, 0: 0, 2: 3}
+    assert kept.completions == [9, 20, 5, 0, 11, 14]
+    assert kept.segments == [(0, 3), (3, 2), (5, 4), (9, 2), (11, 3), (14, 1), (15, 8)]
+    assert kept.groups == [((5, 6), (0, 3)), ((11, 4), (3, 2))]
 
 
 def dense(q, k, v, allowed, scale) -> torch.Tensor:

@@ -30,6 +30,21 @@ def check_values(config: Fields) -> None:
     Raises:
         ConfigError: naming the field, its value and what to set.
     """
+    _check_ranges(config)
+    _check_sizes(config)
+    _check_texts(config)
+    _check_self_checks(config)
+    _check_accepted(config)
+    _check_trusted(config)
+    _check_streaming(config)
+    _check_secrets(config)
+    _check_limits(config)
+    _check_together(config)
+    _refuse_idle(config)
+
+
+def _check_ranges(config: Fields) -> None:
+    """Counts, and numbers that are always there."""
     positive = [
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_iterations",
         "num_generations", "max_completion_length", "logging_steps", "lora_r", "replay_capacity", "max_unscored_steps",
@@ -75,19 +90,10 @@ def check_values(config: Fields) -> None:
         "adam_beta2",
     ):
         _number(config, name, 0.0, 1.0)
-    _check_sizes(config)
-    _check_texts(config)
-    _check_self_checks(config)
-    _check_accepted(config)
-    for name in config.trust_remote_code if not isinstance(config.trust_remote_code, bool) else ():
-        if name not in MODELS:
-            raise ConfigError(f"trust_remote_code has no {name!r}{_check.suggestion(name, MODELS)}")
-    _check_streaming(config)
-    if secrets := secret_keys({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}):
-        raise ConfigError(
-            f"{secrets[0]} looks like a secret, and settings are written to the run's folder; take it from the "
-            f"environment (HF_TOKEN, WANDB_API_KEY, ...) and drop {secrets[0]}"
-        )
+
+
+def _check_limits(config: Fields) -> None:
+    """Numbers that may be left out, and pairs of numbers that have an order."""
     for name in (
         "beta",
         "epsilon",
@@ -126,6 +132,10 @@ def check_values(config: Fields) -> None:
         raise ConfigError(
             f"train_slice={config.train_slice} must be [from, to] with 0 <= from < to <= 1, e.g. [0, 0.25]"
         )
+
+
+def _check_together(config: Fields) -> None:
+    """Settings that exclude each other, or must fit each other."""
     if config.eval_data is not None and config.eval_fraction is not None:
         raise ConfigError("eval_data and eval_fraction both name an evaluation set; keep one")
     if config.load_in_4bit and config.load_in_8bit:
@@ -147,7 +157,6 @@ def check_values(config: Fields) -> None:
             f"steps_per_generation={config.steps_per_generation} must be a multiple of "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}: a generation feeds whole optimizer steps"
         )
-    _refuse_idle(config)
 
 
 def _refuse_idle(config: Fields) -> None:
@@ -256,6 +265,20 @@ def _check_accepted(config: Fields) -> None:
     if config.accept_changed and config.resume == "never":
         raise ConfigError(
             f"accept_changed={list(config.accept_changed)!r} does nothing with resume: never, which continues no run; drop one"
+        )
+
+
+def _check_trusted(config: Fields) -> None:
+    for name in config.trust_remote_code if not isinstance(config.trust_remote_code, bool) else ():
+        if name not in MODELS:
+            raise ConfigError(f"trust_remote_code has no {name!r}{_check.suggestion(name, MODELS)}")
+
+
+def _check_secrets(config: Fields) -> None:
+    if secrets := secret_keys({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}):
+        raise ConfigError(
+            f"{secrets[0]} looks like a secret, and settings are written to the run's folder; take it from the "
+            f"environment (HF_TOKEN, WANDB_API_KEY, ...) and drop {secrets[0]}"
         )
 
 

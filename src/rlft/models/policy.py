@@ -11,20 +11,20 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlft import _check
 from rlft._failpoint import instant
 from rlft.models import adapters, modes
 from rlft.models.behaviour import Behaviour
 from rlft.models.critic import CriticModel, ValueHead
+from rlft.models.heads import logit_rows, reference_logps, score_states
 from rlft.models.layout import LayoutUsed, Rows, build_rows
 from rlft.models.reference import ReferenceKind, load_tensors, make_reference
 from rlft.models.scorer import CausalScorer, Layout, unwrap
 from rlft.models.sharded import settle
 from rlft.models.shared import PAYS, SharedRows, build_shared
 from rlft.models.trainable import TrainableModule, plain_state, under
-from rlft.ops import DEFAULT_CHUNK, MOMENTS, HeadOutputs, linear_logps, logits_logps
+from rlft.ops import MOMENTS
 from rlft.types import Batch
 
 __all__ = ["WANTS", "Policy"]
@@ -138,6 +138,7 @@ class Policy(TrainableModule):
         if self._switch is not None and torch.is_grad_enabled():
             self._switch.refuse_merged()
         result: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {"temperature": temperature, "chunk": self.chunk_size}
         quantities = frozenset(_QUANTITY[name] for name in want if name in _QUANTITY)
         moments, behaviour_states = want & set(MOMENTS), None
         if moments - {"token_log_ratio_sq"} and self._behaviour.remembers:
@@ -150,17 +151,19 @@ class Policy(TrainableModule):
             with self._reference.active():
                 ref_states = self._reference_states(rows, shared, batch)
                 if quantities == {"ref_logps"}:
-                    result["ref_logps"] = rows.scatter(self._reference_alone(rows, ref_states, temperature))
+                    ref = self._reference.scorer(self._scorer)
+                    result["ref_logps"] = rows.scatter(reference_logps(ref, ref_states, rows.targets, **settings))
         if quantities - {"ref_logps"}:
             assert states is not None
             grad = {"logps", "kl"} | ({"entropy"} if "entropy_grad" in want else set())
-            outputs = self._score(rows, states, ref_states, quantities, frozenset(grad & quantities), temperature)
+            asked = {"want": quantities, "grad": frozenset(grad & quantities), **settings}
+            outputs = score_states(self._scorer, self._reference, states, ref_states, rows.targets, **asked)
             for name in want & _QUANTITY.keys():
                 result[name] = rows.scatter(getattr(outputs, _QUANTITY[name]))
         if moments:
             assert states is not None
             assert ref_states is not None
-            options = {"want": moments, "temperature": temperature, "rows": self._logit_rows}
+            options = {"want": moments, "temperature": temperature, "rows": logit_rows(self.chunk_size)}
             found = self._behaviour.moments(
                 self._scorer, self._reference, states, ref_states, behaviour_states, **options
             )
@@ -216,116 +219,6 @@ class Policy(TrainableModule):
                 raise ValueError("layout='shared' has no dropout: a prompt would share its noise; use layout='auto'")
             return build_shared(batch, at_least=PAYS, scored=scored, repeat_prompts=True)
         return build_shared(batch, at_least=PAYS if self.layout == "auto" else 0.0, scored=scored)
-
-    def _score(
-        self,
-        rows: Rows,
-        states: Tensor,
-        ref_states: Tensor | None,
-        quantities: frozenset[str],
-        grad: frozenset[str],
-        temperature: float,
-    ) -> HeadOutputs:
-        """The head over scored tokens: one fused op where both heads are matrices, else chunk by chunk."""
-        ref = ref_head = None
-        if quantities & {"ref_logps", "kl"}:
-            ref = self._reference.scorer(self._scorer)
-        else:
-            ref_states = None
-        head = self._scorer.matrix_head() if self._scorer.path == "matrix" else None
-        if ref is not None and ref is not self._scorer:
-            ref_head = ref.matrix_head() if ref.path == "matrix" else None
-            if head is None or ref_head is None or ref_head.softcap != head.softcap:
-                head = None
-        if head is None:
-            return self._score_by_module(states, ref, ref_states, rows.targets, quantities, grad, temperature)
-        if ref_head is not None and ref_states is not None and ref_head.logit_scale != head.logit_scale:
-            if ref_head.bias is not None:
-                return self._score_by_module(states, ref, ref_states, rows.targets, quantities, grad, temperature)
-            ref_states = ref_states * (ref_head.logit_scale / head.logit_scale)
-        return linear_logps(
-            states,
-            head.weight,
-            rows.targets,
-            ref_hidden=ref_states,
-            ref_weight=None if ref_head is None else ref_head.weight,
-            bias=head.bias,
-            ref_bias=None if ref_head is None else ref_head.bias,
-            temperature=temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            want=quantities,
-            grad=grad,
-            chunk=self.chunk_size,
-        )
-
-    def _score_by_module(
-        self,
-        states: Tensor,
-        ref: CausalScorer | None,
-        ref_states: Tensor | None,
-        targets: Tensor,
-        quantities: frozenset[str],
-        grad: frozenset[str],
-        temperature: float,
-    ) -> HeadOutputs:
-        """Heads that are no plain matrix: logits of a chunk of tokens at a time, recomputed in the backward."""
-
-        def score(piece: Tensor, ref_piece: Tensor | None, ids: Tensor) -> tuple[Tensor, ...]:
-            ref_logits = None
-            if ref is not None and ref_piece is not None:
-                with self._reference.active():
-                    ref_logits = ref.logits(ref_piece)
-            outputs = logits_logps(
-                self._scorer.logits(piece),
-                ids,
-                ref_logits=ref_logits,
-                temperature=temperature,
-                want=quantities,
-                grad=grad,
-            )
-            return tuple(t for t in outputs if t is not None)
-
-        size = self._logit_rows
-        pieces = []
-        for i in range(0, max(states.shape[0], 1), size):
-            ref_piece = None if ref_states is None else ref_states[i : i + size]
-            arguments = (states[i : i + size], ref_piece, targets[i : i + size])
-            again = torch.is_grad_enabled() and self._scorer.path == "module"
-            pieces.append(checkpoint(score, *arguments, use_reentrant=False) if again else score(*arguments))
-        names = [name for name in HeadOutputs._fields if name in quantities]
-        return HeadOutputs(**{n: torch.cat(parts) for n, parts in zip(names, zip(*pieces, strict=True), strict=True)})
-
-    @property
-    def _logit_rows(self) -> int:
-        """Tokens whose full logits exist at a time, where the head is no single matrix."""
-        return (self.chunk_size or DEFAULT_CHUNK)[0]
-
-    def _reference_alone(self, rows: Rows, states: Tensor, temperature: float) -> Tensor:
-        """``ref_logps`` when nothing of the policy is wanted; inside ``Reference.active``."""
-        scorer = self._reference.scorer(self._scorer)
-        want = frozenset({"logps"})
-        head = scorer.matrix_head() if scorer.path == "matrix" else None
-        if head is not None:
-            outputs = linear_logps(
-                states,
-                head.weight,
-                rows.targets,
-                bias=head.bias,
-                temperature=temperature,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                want=want,
-                chunk=self.chunk_size,
-            )
-            assert outputs.logps is not None
-            return outputs.logps
-        size = self._logit_rows
-        parts = []
-        for i in range(0, max(states.shape[0], 1), size):
-            logits = scorer.logits(states[i : i + size])
-            parts.append(logits_logps(logits, rows.targets[i : i + size], temperature=temperature, want=want).logps)
-        return torch.cat([part for part in parts if part is not None])
 
     def _reference_states(self, rows: Rows, shared: SharedRows | None, batch: Batch) -> Tensor:
         """``[N, D]`` of the reference, from the batch where it has them; inside ``Reference.active``."""

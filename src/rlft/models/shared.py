@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlft.models.attention import GroupMask, plan_segments
 from rlft.models.layout import LayoutUsed
+from rlft.models.segments import Piece
 from rlft.types import Batch
 
 __all__ = ["PAYS", "SharedRows", "build_shared", "why_not"]
@@ -84,11 +85,7 @@ def build_shared(
     if batch.num_rows == 0:
         return None
     if repeat_prompts:
-        groups_of_one = torch.arange(batch.num_rows, device=batch.device)
-        owner = batch.group_ids.long()  # an index of bytes would be read as a mask
-        batch = batch.replace(
-            prompt_ids=batch.prompt_ids[owner], prompt_mask=batch.prompt_mask[owner], group_ids=groups_of_one
-        )
+        batch = _prompt_for_each(batch)
     prompt_lengths: list[int] = batch.prompt_mask.sum(-1).tolist()
     lengths: list[int] = batch.completion_mask.sum(-1).tolist()
     group_ids: list[int] = batch.group_ids.tolist()
@@ -105,38 +102,7 @@ def build_shared(
     if ratio < at_least or total < 2:  # one token: transformers takes it for a step of generation
         return None
 
-    # The row in order: prompts with siblings to keep apart, their completions, then the rest, each the longest first. So
-    # what one kernel call takes lies side by side. Segments are (start, length).
-    longer = {group: [row for row in rows if lengths[row] > drop] for group, rows in children.items()}
-    for rows in longer.values():
-        rows.sort(key=lengths.__getitem__, reverse=True)
-    tokens = {group: (prompt_lengths[group], sum(lengths[row] for row in rows)) for group, rows in longer.items()}
-    order = sorted(children, key=tokens.__getitem__, reverse=True)
-    split, whole = [g for g in order if len(longer[g]) > 1], [g for g in order if len(longer[g]) <= 1]
-    whole.sort(key=lambda group: sum(tokens[group]), reverse=True)
-    begins, starts = dict.fromkeys(order, 0), [0] * batch.num_rows
-    segments, groups = [], []
-    place = 0
-    for group in split:
-        begins[group] = place
-        segments.append((place, prompt_lengths[group]))
-        place += prompt_lengths[group]
-    for group in split:
-        first = place
-        for row in longer[group]:
-            starts[row] = place
-            segments.append((place, lengths[row] - drop))
-            place += lengths[row] - drop
-        groups.append(((first, place - first), (begins[group], prompt_lengths[group])))
-    for group in whole:
-        begins[group] = place
-        place += prompt_lengths[group]
-        for row in longer[group]:
-            starts[row] = place
-            place += lengths[row] - drop
-        segments.append((begins[group], place - begins[group]))
-    ends = [begins.get(group, 0) + prompt_lengths[group] - 1 for group in group_ids]
-
+    places = place(children, prompt_lengths, lengths, drop)
     device = batch.device
     # Where each token comes from: prompts, then completions, as (start in the row) + (rank in its own sequence).
     input_ids = torch.zeros(total, dtype=torch.long, device=device)
@@ -149,16 +115,17 @@ def build_shared(
         input_ids[slot] = ids[exists].long()
         position_ids[slot] = offset[owner] + rank
 
-    picked = torch.tensor(order, device=device)
+    picked = torch.tensor(list(places.prompts), device=device)
     fill(
         batch.prompt_ids[picked],
         batch.prompt_mask[picked],
-        torch.tensor([begins[g] for g in order], device=device),
-        torch.zeros(len(order), dtype=torch.long, device=device),
+        torch.tensor(list(places.prompts.values()), device=device),
+        torch.zeros(len(places.prompts), dtype=torch.long, device=device),
     )
     rank = batch.completion_mask.cumsum(-1) - 1
     sizes = torch.tensor(lengths, device=device)
-    begin = torch.tensor(starts, device=device)
+    begin = torch.tensor(places.completions, device=device)
+    end = torch.tensor([places.prompts.get(g, 0) + prompt_lengths[g] - 1 for g in group_ids], device=device)
     fill(
         batch.completion_ids,
         batch.completion_mask & (rank < sizes[:, None] - drop),
@@ -166,22 +133,85 @@ def build_shared(
         torch.tensor([prompt_lengths[g] for g in group_ids], device=device),
     )
     # Token t is predicted at token t - 1 of its completion; the first one at the end of the prompt.
-    before = torch.where(rank > 0, begin[:, None] + rank - 1, torch.tensor(ends, device=device)[:, None])
+    before = torch.where(rank > 0, begin[:, None] + rank - 1, end[:, None])
     return SharedRows(
         input_ids=input_ids[None],
-        attention_mask=GroupMask(plan_segments(segments, groups, device=device), device),
+        attention_mask=GroupMask(plan_segments(places.segments, places.groups, device=device), device),
         position_ids=position_ids[None],
         index=before[batch.completion_mask if scored is None else scored],
         longest=longest,
         ratio=ratio,
         repeated=sum(prompt_lengths[g] + n for g, n in zip(group_ids, lengths, strict=True)),
         rows=batch.num_rows,
-        last=torch.tensor(
-            [start + n - 1 if n else end for start, n, end in zip(starts, lengths, ends, strict=True)], device=device
-        )
-        if keep_last
-        else None,
+        last=(begin + sizes - 1).where(sizes > 0, end) if keep_last else None,
     )
+
+
+def _prompt_for_each(batch: Batch) -> Batch:
+    """The same rows as groups of one, each with a copy of its prompt."""
+    owner = batch.group_ids.long()  # an index of bytes would be read as a mask
+    return batch.replace(
+        prompt_ids=batch.prompt_ids[owner],
+        prompt_mask=batch.prompt_mask[owner],
+        group_ids=torch.arange(batch.num_rows, device=batch.device),
+    )
+
+
+class Places(NamedTuple):
+    """Where prompts and completions stand in a packed row.
+
+    Attributes:
+        prompts: group -> where its prompt begins, the longest prompts first.
+        completions: where each completion begins; 0 for one of which nothing is laid out.
+        segments: what attends to itself.
+        groups: for each prompt with several completions, all of these and the prompt.
+    """
+
+    prompts: dict[int, int]
+    completions: list[int]
+    segments: list[Piece]
+    groups: list[tuple[Piece, Piece]]
+
+
+def place(children: dict[int, list[int]], prompt_lengths: list[int], lengths: list[int], drop: int) -> Places:
+    """The order of a packed row: prompts with siblings to keep apart, their completions, then the rest.
+
+    Of each kind the longest comes first. So what one kernel call takes lies side by side.
+
+    Args:
+        children: group -> its rows.
+        prompt_lengths: tokens of each group's prompt.
+        lengths: tokens of each row's completion.
+        drop: tokens at the end of each completion that are left out.
+    """
+    longer = {group: [row for row in rows if lengths[row] > drop] for group, rows in children.items()}
+    for rows in longer.values():
+        rows.sort(key=lengths.__getitem__, reverse=True)
+    tokens = {group: (prompt_lengths[group], sum(lengths[row] for row in rows)) for group, rows in longer.items()}
+    order = sorted(children, key=tokens.__getitem__, reverse=True)
+    split, whole = [g for g in order if len(longer[g]) > 1], [g for g in order if len(longer[g]) <= 1]
+    whole.sort(key=lambda group: sum(tokens[group]), reverse=True)
+    found = Places(dict.fromkeys(order, 0), [0] * len(lengths), [], [])
+    at = 0
+    for group in split:
+        found.prompts[group] = at
+        found.segments.append((at, prompt_lengths[group]))
+        at += prompt_lengths[group]
+    for group in split:
+        first = at
+        for row in longer[group]:
+            found.completions[row] = at
+            found.segments.append((at, lengths[row] - drop))
+            at += lengths[row] - drop
+        found.groups.append(((first, at - first), (found.prompts[group], prompt_lengths[group])))
+    for group in whole:
+        found.prompts[group] = at
+        at += prompt_lengths[group]
+        for row in longer[group]:
+            found.completions[row] = at
+            at += lengths[row] - drop
+        found.segments.append((found.prompts[group], at - found.prompts[group]))
+    return found
 
 
 def why_not(base: Any) -> tuple[str | None, int | None]:

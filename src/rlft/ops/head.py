@@ -17,12 +17,15 @@ from rlft.ops.flash import check_problem as check_attention
 from rlft.ops.kernel_check import require, usable
 from rlft.ops.outputs import HeadOutputs, finish
 from rlft.ops.plans import RecomputePlan, TilePlan
-from rlft.ops.tiles import Problem
+from rlft.ops.tiles import Fused, Problem
 
 __all__ = ["DEFAULT_CHUNK", "PLANS", "QUANTITIES", "default_chunk", "linear_logps"]
 
 Plan = Literal["auto", "dense", "tile", "recompute", "attention", "compiled", "triton"]
 PLANS: tuple[str, ...] = get_args(Plan)
+# Hidden states, head and bias: of the policy, and of the reference.
+Own = tuple[Tensor, Tensor, Tensor | None]
+Ref = tuple[Tensor | None, Tensor | None, Tensor | None]
 QUANTITIES: tuple[str, ...] = ("logps", "ref_logps", "entropy", "kl")
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "entropy", "kl")
 
@@ -98,27 +101,33 @@ def linear_logps(
     """
     want, grad = frozenset(want), frozenset(grad)
     _check_names(want, grad, plan, ref_hidden)
-    _check_tensors(hidden, weight, targets, bias, "")
-    if ref_weight is None and ref_bias is not None:
-        raise ValueError("ref_bias needs ref_weight: without one the reference uses the policy's head and bias")
-    if ref_hidden is not None:
-        _check_tensors(ref_hidden, weight if ref_weight is None else ref_weight, targets, ref_bias, "ref_")
-        if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"ref_weight must score the same vocabulary: weight has {weight.shape[0]} rows, "
-                f"ref_weight {ref_weight.shape[0]}"
-            )
-    _check.number("temperature", temperature, low=0.0, open_low=True)
-    _check.number("logit_scale", logit_scale)
-    if softcap is not None:
-        _check.number("softcap", softcap, low=0.0, open_low=True)
+    own, ref = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    _check_heads(own, ref, targets)
     chunk = default_chunk(hidden.device) if chunk is None else chunk
-    if len(chunk) != 2 or min(chunk) < 1:
-        raise ValueError(f"chunk must be two positive sizes (rows, vocabulary entries), got {chunk!r}")
+    _check_numbers(temperature, logit_scale, softcap, chunk)
     _check_targets(targets, weight.shape[0])
+    head_trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    plan, fused = _choose(plan, hidden, head_trains)
+    if plan == "dense":
+        return _dense(own, ref, targets, temperature, logit_scale, softcap, want, grad)
+    problem = _problem(own, ref, targets, temperature, logit_scale, softcap, chunk, fused)
+    names = tuple(name for name in QUANTITIES if name in want)
+    declared = tuple(name for name in names if name in grad)
+    if plan == "attention":
+        check_attention(problem, want, grad, head_trains)
+        computed = AttentionPlan.apply(hidden, problem, names, declared)
+    elif plan == "tile":
+        computed = TilePlan.apply(hidden, problem, names, declared)
+    else:
+        computed = RecomputePlan.apply(hidden, weight, bias, problem, names, declared)
+    values = dict(zip(names, computed, strict=True))
+    if softcap is None:  # a capped logit is never -inf
+        _forbid(values, targets, logps=bias, ref_logps=bias if ref_weight is None else ref_bias)
+    return finish(values, grad, own)
 
-    tracking = torch.is_grad_enabled()
-    head_trains = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+def _choose(plan: Plan, hidden: Tensor, head_trains: bool) -> tuple[Plan, Fused]:
+    """What ``auto``, ``triton`` and ``compiled`` mean for this head: a plan, and the kernels between its products."""
     if plan == "triton":
         require(hidden.device)
     if plan == "compiled":
@@ -133,53 +142,44 @@ def linear_logps(
             "plan 'tile' cannot give the head a gradient, and weight or bias requires one; "
             "use plan='recompute' (or 'auto')"
         )
-    if plan == "dense":
-        return _dense(
-            hidden,
-            weight,
-            targets,
-            ref_hidden,
-            ref_weight,
-            bias,
-            ref_bias,
-            temperature,
-            logit_scale,
-            softcap,
-            want,
-            grad,
-        )
-    constant = (t.detach() if t is not None else None for t in (ref_hidden, ref_weight, ref_bias))
-    ref_h, ref_w, ref_b = constant
-    problem = Problem(
+    return plan, fused
+
+
+def _forbid(values: dict[str, Tensor], targets: Tensor, **biases: Tensor | None) -> None:
+    """Log-prob -inf, in place of a very small one, for targets that a bias of -inf forbids; by name of the log-prob."""
+    for name, bias in biases.items():
+        if name in values and bias is not None:
+            forbidden = bias.detach()[targets].isneginf()
+            if bool(forbidden.any()):
+                values[name] = values[name].masked_fill(forbidden, -math.inf)
+
+
+def _problem(
+    own: Own,
+    ref: Ref,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk: tuple[int, int],
+    fused: Fused,
+) -> Problem:
+    """The inputs of the plans that go tile by tile: constants, with finite biases."""
+    hidden, weight, bias = own
+    ref_hidden, ref_weight, ref_bias = ref
+    return Problem(
         hidden=hidden.detach(),
         weight=weight.detach(),
         bias=_finite(bias, hidden),
         targets=targets,
-        ref_hidden=ref_h,
-        ref_weight=ref_w,
-        ref_bias=_finite(ref_b, hidden),
+        ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
+        ref_weight=None if ref_weight is None else ref_weight.detach(),
+        ref_bias=_finite(ref_bias, hidden),
         pre=logit_scale / (temperature if softcap is None else softcap),
         post=None if softcap is None else softcap / temperature,
         chunk=(chunk[0], chunk[1]),
         fused=fused,
     )
-    names = tuple(name for name in QUANTITIES if name in want)
-    declared = tuple(name for name in names if name in grad)
-    if plan == "attention":
-        check_attention(problem, want, grad, head_trains)
-        computed = AttentionPlan.apply(hidden, problem, names, declared)
-    elif plan == "tile":
-        computed = TilePlan.apply(hidden, problem, names, declared)
-    else:
-        computed = RecomputePlan.apply(hidden, weight, bias, problem, names, declared)
-    values = dict(zip(names, computed, strict=True))
-    own_bias = ref_b if ref_weight is not None else bias
-    for name, forbidden in (("logps", bias), ("ref_logps", own_bias)):
-        if name in values and forbidden is not None and softcap is None:  # a capped logit is never -inf
-            none = forbidden.detach()[targets].isneginf()
-            if bool(none.any()):
-                values[name] = values[name].masked_fill(none, -math.inf)
-    return finish(values, grad, (hidden, weight, bias))
 
 
 def _finite(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -202,6 +202,22 @@ def _check_names(want: frozenset[str], grad: frozenset[str], plan: str, ref_hidd
         raise ValueError(f"plan {plan!r} is unknown{_check.suggestion(plan, PLANS)}")
     if want & {"ref_logps", "kl"} and ref_hidden is None:
         raise ValueError(f"{sorted(want & {'ref_logps', 'kl'})} need ref_hidden, the reference's hidden states [N, D]")
+
+
+def _check_heads(own: Own, ref: Ref, targets: Tensor) -> None:
+    hidden, weight, bias = own
+    ref_hidden, ref_weight, ref_bias = ref
+    _check_tensors(hidden, weight, targets, bias, "")
+    if ref_weight is None and ref_bias is not None:
+        raise ValueError("ref_bias needs ref_weight: without one the reference uses the policy's head and bias")
+    if ref_hidden is None:
+        return
+    _check_tensors(ref_hidden, weight if ref_weight is None else ref_weight, targets, ref_bias, "ref_")
+    if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight must score the same vocabulary: weight has {weight.shape[0]} rows, "
+            f"ref_weight {ref_weight.shape[0]}"
+        )
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, prefix: str) -> None:
@@ -229,6 +245,15 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             )
 
 
+def _check_numbers(temperature: float, logit_scale: float, softcap: float | None, chunk: tuple[int, int]) -> None:
+    _check.number("temperature", temperature, low=0.0, open_low=True)
+    _check.number("logit_scale", logit_scale)
+    if softcap is not None:
+        _check.number("softcap", softcap, low=0.0, open_low=True)
+    if len(chunk) != 2 or min(chunk) < 1:
+        raise ValueError(f"chunk must be two positive sizes (rows, vocabulary entries), got {chunk!r}")
+
+
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if targets.numel() == 0:
         return
@@ -242,19 +267,18 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def _dense(
-    hidden: Tensor,
-    weight: Tensor,
+    own: Own,
+    ref: Ref,
     targets: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     want: frozenset[str],
     grad: frozenset[str],
 ) -> HeadOutputs:
+    """All logits at once, by torch's operators."""
+    hidden, weight, bias = own
+    ref_hidden, ref_weight, ref_bias = ref
     with torch.autocast(hidden.device.type, enabled=False):
 
         def full(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -265,8 +289,8 @@ def _dense(
         ref_logits = None
         if ref_hidden is not None and want & {"ref_logps", "kl"}:
             with torch.no_grad():
-                own = ref_weight is None
-                ref_logits = full(ref_hidden, weight if ref_weight is None else ref_weight, bias if own else ref_bias)
+                head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+                ref_logits = full(ref_hidden, *head)
         return logits_logps(
             full(hidden, weight, bias), targets, ref_logits=ref_logits, temperature=temperature, want=want, grad=grad
         )

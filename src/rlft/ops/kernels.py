@@ -88,6 +88,101 @@ def _tile(
     return at, cols, inside, column, z, factor, ref, delta
 
 
+# A fold sweeps over its tile two or three times: for the maxima, for the first centre, for the sums. Each sweep is compiled
+# into its kernel, as if it were written there.
+@triton.jit
+def _maxima(
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, target,
+    top, ref_top, target_z, target_ref, target_factor,
+    HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The running maxima of both models' logits, and what stands at each row's target."""
+    for start in range(0, v, BLOCK):
+        _at, cols, _inside, column, z, factor, ref, _delta = _tile(
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
+            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
+        )  # fmt: skip
+        top = tl.maximum(top, tl.max(tl.where(column, z, float("-inf")), 1))
+        if HAS_REF:
+            ref_top = tl.maximum(ref_top, tl.max(tl.where(column, ref, float("-inf")), 1))
+        here = column & (cols == target[:, None])
+        target_z += tl.sum(tl.where(here, z, 0.0), 1)
+        target_ref += tl.sum(tl.where(here, ref, 0.0), 1)
+        target_factor += tl.sum(tl.where(here, factor, 0.0), 1)
+    return top, ref_top, target_z, target_ref, target_factor
+
+
+@triton.jit
+def _lambda(top, ref_top, s, ref_s):
+    """Difference of the two log-sum-exps. In this order: equal logits give exactly zero."""
+    return (top - ref_top) + (tl.log(s) - tl.log(ref_s))
+
+
+@triton.jit
+def _first_centre(
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, top, ref_top,
+    HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The Lambda of the first tile: its sums come before its KL."""
+    s = tl.zeros_like(top)
+    ref_s = tl.zeros_like(top)
+    for start in range(0, v, BLOCK):
+        _at, _cols, _inside, column, z, _factor, ref, _delta = _tile(
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
+            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
+        )  # fmt: skip
+        s += tl.sum(tl.where(column, tl.exp(z - top[:, None]), 0.0), 1)
+        ref_s += tl.sum(tl.where(column, tl.exp(ref - ref_top[:, None]), 0.0), 1)
+    return _lambda(top, ref_top, s, ref_s)
+
+
+@triton.jit
+def _sums(
+    z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, e_ptr, ez_ptr, ed_ptr,
+    top, ref_top, centre, s, q, ref_s, a, b,
+    HAS_REF: tl.constexpr, BY_DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, WANT_KL: tl.constexpr,
+    FAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add this tile to the sums of each row, and write the factors of the bases."""
+    for start in range(0, v, BLOCK):
+        at, _cols, inside, column, z, factor, ref, delta = _tile(
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
+            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
+        )  # fmt: skip
+        e = tl.where(column, tl.exp(z - top[:, None]), 0.0)
+        below = tl.where(column, z - top[:, None], 0.0)
+        s += tl.sum(e, 1)
+        q += tl.sum(e * below, 1)
+        if HAS_REF:
+            ref_s += tl.sum(tl.where(column, tl.exp(ref - ref_top[:, None]), 0.0), 1)
+        if WANT_KL:
+            u = centre[:, None] - delta
+            # u beyond FAR: e * expm1(u) would be 0 * inf for underflowed e; the term is then the reference's mass
+            near = e * _phi(tl.minimum(u, FAR))
+            far = tl.exp(ref + (centre - top)[:, None]) - e * (1.0 + u)
+            b += tl.sum(tl.where(column, tl.where(u > FAR, far, near), 0.0), 1)
+            a -= tl.sum(tl.where(column, e * u, 0.0), 1)
+            if ed_ptr is not None:
+                value = tl.where(column, -u * e * factor, 0.0)
+                tl.store(ed_ptr + at, value.to(ed_ptr.dtype.element_ty), mask=inside)
+        if ez_ptr is not None:
+            value = e * below * factor
+            tl.store(ez_ptr + at, value.to(ez_ptr.dtype.element_ty), mask=inside)
+        if e_ptr is not None:
+            tl.store(e_ptr + at, (e * factor).to(e_ptr.dtype.element_ty), mask=inside)
+    return s, q, ref_s, a, b
+
+
+@triton.jit
+def _recentre(moved, s, a, b):
+    """The KL's sums around a centre that lies ``moved`` further on."""
+    small = tl.minimum(tl.maximum(moved, -1.0), 1.0)
+    phi = _phi(small)
+    growth = small + phi
+    direct = a - moved * s  # exact enough once the shift itself is of order one
+    return direct, tl.where(tl.abs(moved) <= 1.0, (1.0 + growth) * b + s * phi - a * growth, direct)
+
+
 @triton.jit(do_not_specialize=["n", "first_column"])
 def fold(
     z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, targets_ptr, state_ptr, e_ptr, ez_ptr, ed_ptr,
@@ -122,18 +217,10 @@ def fold(
     if FIRST:
         top = tl.full(top_old.shape, float("-inf"), top_old.dtype)
         ref_top = tl.full(top_old.shape, float("-inf"), top_old.dtype)
-    for start in range(0, v, BLOCK):
-        at, cols, inside, column, z, factor, ref, delta = _tile(
-            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
-            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
-        )  # fmt: skip
-        top = tl.maximum(top, tl.max(tl.where(column, z, float("-inf")), 1))
-        if HAS_REF:
-            ref_top = tl.maximum(ref_top, tl.max(tl.where(column, ref, float("-inf")), 1))
-        here = column & (cols == target[:, None])
-        target_z += tl.sum(tl.where(here, z, 0.0), 1)
-        target_ref += tl.sum(tl.where(here, ref, 0.0), 1)
-        target_factor += tl.sum(tl.where(here, factor, 0.0), 1)
+    top, ref_top, target_z, target_ref, target_factor = _maxima(
+        z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, target,
+        top, ref_top, target_z, target_ref, target_factor, HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
+    )  # fmt: skip
 
     rescale = tl.exp(top_old - top)
     shift = top_old - top
@@ -142,60 +229,27 @@ def fold(
         rescale = tl.zeros_like(rescale)
         shift = tl.zeros_like(shift)
         ref_rescale = tl.zeros_like(ref_rescale)
-    if FIRST and WANT_KL:  # the centre is the Lambda of the first tile: its sums come before its KL
-        s_new = tl.zeros_like(s_old)
-        ref_new = tl.zeros_like(s_old)
-        for start in range(0, v, BLOCK):
-            at, cols, inside, column, z, factor, ref, delta = _tile(
-                z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
-                HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
-            )  # fmt: skip
-            s_new += tl.sum(tl.where(column, tl.exp(z - top[:, None]), 0.0), 1)
-            ref_new += tl.sum(tl.where(column, tl.exp(ref - ref_top[:, None]), 0.0), 1)
-        centre = (top - ref_top) + (tl.log(s_new) - tl.log(ref_new))
+    if FIRST and WANT_KL:
+        centre = _first_centre(
+            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, top, ref_top,
+            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
+        )  # fmt: skip
 
     s = rescale * s_old
     q = rescale * (q_old + shift * s_old)
     ref_s = ref_rescale * ref_s_old
     a = rescale * a_old
     b = rescale * b_old
-    for start in range(0, v, BLOCK):
-        at, cols, inside, column, z, factor, ref, delta = _tile(
-            z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, start, v,
-            HAS_REF, BY_DIFFERENCE, SOFTCAP, BLOCK,
-        )  # fmt: skip
-        e = tl.where(column, tl.exp(z - top[:, None]), 0.0)
-        below = tl.where(column, z - top[:, None], 0.0)
-        s += tl.sum(e, 1)
-        q += tl.sum(e * below, 1)
-        if HAS_REF:
-            ref_s += tl.sum(tl.where(column, tl.exp(ref - ref_top[:, None]), 0.0), 1)
-        if WANT_KL:
-            u = centre[:, None] - delta
-            # u beyond FAR: e * expm1(u) would be 0 * inf for underflowed e; the term is then the reference's mass
-            near = e * _phi(tl.minimum(u, FAR))
-            far = tl.exp(ref + (centre - top)[:, None]) - e * (1.0 + u)
-            b += tl.sum(tl.where(column, tl.where(u > FAR, far, near), 0.0), 1)
-            a -= tl.sum(tl.where(column, e * u, 0.0), 1)
-            if ed_ptr is not None:
-                value = tl.where(column, -u * e * factor, 0.0)
-                tl.store(ed_ptr + at, value.to(ed_ptr.dtype.element_ty), mask=inside)
-        if ez_ptr is not None:
-            value = e * below * factor
-            tl.store(ez_ptr + at, value.to(ez_ptr.dtype.element_ty), mask=inside)
-        if e_ptr is not None:
-            tl.store(e_ptr + at, (e * factor).to(e_ptr.dtype.element_ty), mask=inside)
+    s, q, ref_s, a, b = _sums(
+        z_ptr, ref_ptr, bias_ptr, ref_bias_ptr, scales_ptr, rows, alive, v, e_ptr, ez_ptr, ed_ptr,
+        top, ref_top, centre, s, q, ref_s, a, b, HAS_REF, BY_DIFFERENCE, SOFTCAP, WANT_KL, FAR, BLOCK,
+    )  # fmt: skip
 
     moved = tl.zeros_like(s)
     if WANT_KL:  # around the Lambda of all tiles so far
-        new = (top - ref_top) + (tl.log(s) - tl.log(ref_s))
+        new = _lambda(top, ref_top, s, ref_s)
         moved = new - centre
-        small = tl.minimum(tl.maximum(moved, -1.0), 1.0)
-        phi = _phi(small)
-        growth = small + phi
-        direct = a - moved * s  # exact enough once the shift itself is of order one
-        b = tl.where(tl.abs(moved) <= 1.0, (1.0 + growth) * b + s * phi - a * growth, direct)
-        a = direct
+        a, b = _recentre(moved, s, a, b)
         centre = new
 
     tl.store(state_ptr, top, mask=alive)

@@ -28,8 +28,10 @@ from torch import Tensor
 
 from rlft.ops import gemm
 
-__all__ = ["FAR", "Problem", "Rows", "Workspace", "logits", "scan"]
+__all__ = ["FAR", "Fused", "Problem", "Rows", "Workspace", "logits", "scan"]
 
+#: Kernels of :mod:`rlft.ops.fused` between the matrix products; none: torch's operators.
+Fused = Literal["", "triton", "compiled"]
 FAR = 30.0  # u beyond this: e * expm1(u) would be 0 * inf for underflowed e; the term is then the reference's mass
 
 
@@ -47,7 +49,7 @@ class Problem:
     pre: float
     post: float | None
     chunk: tuple[int, int]
-    fused: Literal["", "triton", "compiled"] = ""  # by which kernels, of rlft.ops.fused; none: torch's operators
+    fused: Fused = ""
 
     @property
     def dtype(self) -> torch.dtype:
