@@ -68,6 +68,8 @@ def judge(
             return verdict
         if symbolic is not None and (_words_only(left) or not _words_only(right)):
             return symbolic(found, expected)
+    if isinstance(left, Leaf) and isinstance(right, Leaf) and left.letter and right.letter:
+        return None  # a and A
     if readable(right) and not readable(left):
         return False
     if _words_only(right) != _words_only(left):
