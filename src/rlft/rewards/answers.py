@@ -63,7 +63,9 @@ Answer = Number | Items
 _PLAIN = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _GROUPED = r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?:\.[0-9]+)?"
 _SIGN = re.compile(r"\s*([+-]?)\s*")
-_MIXED = re.compile(r"([0-9]+)\s*(?:\s([0-9]+)\s*/\s*([0-9]+)|\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})")
+_MIXED = re.compile(
+    r"([0-9]+)\s*(?:\s([0-9]+)\s*/\s*([0-9]+)|\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\\frac ?([0-9]) ?([0-9])(?![0-9]))"
+)
 _FRAC = re.compile(
     rf"\\frac\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|\s()([0-9])|()([0-9]))"
     rf"\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|()([0-9]))"
@@ -101,8 +103,8 @@ def _unsigned(text: str, start: int) -> tuple[Number, int] | None:
         value = _repeating(match)
         return None if value is None else (Number(value), match.end())
     if match := _MIXED.match(text, start):
-        whole, *parts = (match.group(k) for k in range(1, 6))
-        top, bottom = parts[:2] if parts[0] is not None else parts[2:]
+        whole, *parts = match.groups()
+        top, bottom = (part for part in parts if part is not None)
         found = _divide(_digits(top), _digits(bottom))
         base = _digits(whole)
         return None if found is None or base is None else (Number(base + found), match.end())

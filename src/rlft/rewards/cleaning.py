@@ -76,6 +76,7 @@ _REWRITES = tuple(
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\cdot(?![A-Za-z])|(?<!\^)\*(?!\*)", r"\\times "),
         (r"\^ ?\{? ?\\(?:circ|degree) ?\}?|\\degree", " degrees "),
+        (r"\^ ?(?:\{ ?\\prime ?\}|\\prime(?![A-Za-z]))", "'"),
         (r"\\(?:leqslant|le)(?![A-Za-z])|<=", r"\\leq "),
         (r"\\(?:geqslant|ge)(?![A-Za-z])|>=", r"\\geq "),
         (r"\\ne(?![A-Za-z])|(?<= )!=", r"\\neq "),

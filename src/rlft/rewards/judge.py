@@ -176,11 +176,25 @@ def _groups(left: Group, right: Group, rules: _Rules) -> bool | None:
             return _in_order(left, right, rules)
     if loose:
         return _in_any_order(left, right, rules)
+    if {left.kind, right.kind} <= {":", "ratio"}:
+        return _clocks(left, right, rules)
     if left.kind == right.kind:
         return _in_order(left, right, rules)
     same = _in_order(left, right, rules)
     # A list without its brackets may stand for the ordered one, or for two solutions.
     return None if same is not False and "" in (left.kind, right.kind) else False
+
+
+def _clocks(left: Group, right: Group, rules: _Rules) -> bool | None:
+    if _in_order(left, right, rules):
+        return True
+    (a, b, *_), (c, d, *_) = (
+        [item.number for item in group.items if isinstance(item, Leaf)] for group in (left, right)
+    )
+    if len(left.items) != 2 or not (a and b and c and d) or b.unit or d.unit:
+        return False
+    # 1:20 and 2:40 are two times, or one ratio
+    return None if a.value * d.value == b.value * c.value else False
 
 
 def _in_order(left: Group, right: Group, rules: _Rules) -> bool | None:

@@ -6,6 +6,7 @@ word. Nothing is evaluated; what is none of these stays a text, and work grows l
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,7 +78,7 @@ _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 _CLOSING = {"(": ")]", "[": "])", "{": "}"}
 _INFINITY = re.compile(r"([+-]?) ?(?:\\infty|infinity|inf|oo)", re.IGNORECASE)
 _LETTER = re.compile(r"(\(?) ?([A-Za-z]) ?(\)?)")
-_CHOICE = re.compile(r"(?:\(([A-Ja-j])\)|([A-J])[).:](?= )) ?(.+)", re.DOTALL)
+_CHOICE = re.compile(r"(?:\(([A-Ja-j])\)|([A-J])[).:](?= )) ?(?![,;]|and |or )(.+)", re.DOTALL)
 _BASED = re.compile(r"([0-9A-F]+) ?_ ?(?:\{ ?([a-z0-9]+) ?\}|([0-9]+))")
 _CLOCK = re.compile(r"([0-9]{1,9}) ?: ?([0-9]{1,9})(?: ?: ?([0-9]{1,9}))?( ?[ap]m)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z][A-Za-z' ]{2,40}): ?(?=\S)")
@@ -239,6 +240,9 @@ class _Reader:
             leaves[-1] = Leaf(
                 half.strip().lower(), number=read_number(f"{parts[-1]} {half.strip().lower()}", percent=False)
             )
+        elif len(parts) == 2 and len(parts[1]) != 2 and (common := math.gcd(int(parts[0]), int(parts[1]))):
+            leaves = [Leaf(str(int(part) // common), number=Number(Fraction(int(part) // common))) for part in parts]
+            return Group(tuple(leaves), "ratio")  # 4:6 is 2:3, and no time of the day
         return Group(tuple(leaves), ":")
 
     def leaf(self, text: str) -> Leaf:

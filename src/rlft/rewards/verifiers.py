@@ -71,9 +71,7 @@ class MathVerifier:
         if not markers and fallback == "none":
             raise ValueError("without markers and with fallback='none' no completion can score; give one of the two")
         _check.number("tolerance", tolerance, low=0.0)
-        # The recorded default cannot grow; who names markers gets those and no others.
-        named = (*markers, "<answer>") if tuple(markers) == MARKERS else markers
-        self._markers = tuple(marker_pattern(marker) for marker in named)
+        self._markers = patterns(markers)
         self.fallback, self.tolerance, self.percent_is_ratio = fallback, tolerance, percent_is_ratio
         self.symbolic: Callable[[str, str], bool | None] | None = symbolic if callable(symbolic) else None
         if symbolic is True:
@@ -94,7 +92,7 @@ class MathVerifier:
             completion: the text of a completion.
             reference: text (a bare answer, or a solution that ends in one) or a number.
         """
-        expected = self._reference(reference)
+        expected = reference_text(reference, self._markers)
         if expected is None:
             return None
         answer = self.extract(completion)
@@ -129,20 +127,33 @@ class MathVerifier:
             scores.append(None if correct is None else float(correct))
         return scores
 
-    def _reference(self, reference: Any) -> str | None:
-        """The text of the reference's answer; None where it has none."""
-        reference = as_python(reference)
-        if isinstance(reference, bool):
-            return str(reference)
-        if isinstance(reference, (int, float, Fraction, Decimal)):
-            value = _fraction(reference)
-            if value is None:
-                return None
-            # a float is a decimal, and may be a rounded one
-            return _decimal(reference) if isinstance(reference, (float, Decimal)) else str(value)
-        if not isinstance(reference, str) or not reference.strip():
+
+def reference_text(reference: Any, markers: Sequence[re.Pattern[str]]) -> str | None:
+    """The text of a reference's answer, whatever type it came in; None where it has none.
+
+    Args:
+        reference: text (a bare answer, or a solution that ends in one), a number or a truth value, also of numpy or torch.
+        markers: of :func:`rlft.rewards.extract.marker_pattern`.
+    """
+    reference = as_python(reference)
+    if isinstance(reference, bool):
+        return str(reference)
+    if isinstance(reference, (int, float, Fraction, Decimal)):
+        value = _fraction(reference)
+        if value is None:
             return None
-        return extract_answer(reference, self._markers, fallback="whole")
+        # a float is a decimal, and may be a rounded one
+        return _decimal(reference) if isinstance(reference, (float, Decimal)) else str(value)
+    if not isinstance(reference, str) or not reference.strip():
+        return None
+    return extract_answer(reference, markers, fallback="whole")
+
+
+def patterns(markers: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    """What finds the markers. The recorded default cannot grow; who names markers gets those and no others."""
+    return tuple(
+        marker_pattern(marker) for marker in ((*markers, "<answer>") if tuple(markers) == MARKERS else markers)
+    )
 
 
 def _decimal(number: float | Decimal) -> str:
