@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rlft.rewards.answers import MAX_CHARS, parse_answer
 from rlft.rewards.cleaning import clean, plain_characters
 
-__all__ = ["extract_answer", "marker_pattern"]
+__all__ = ["extract_answer", "is_answer", "marker_pattern"]
 
 _TAIL = 4 * MAX_CHARS
 _HITS = 16
@@ -88,7 +88,7 @@ def _boxed(text: str, start: int) -> str | None:
     return None
 
 
-def _is_answer(text: str) -> bool:
+def is_answer(text: str) -> bool:
     """Whether a text is an answer on its own, and no sentence about one."""
     cleaned = clean(text[:MAX_CHARS])
     if not re.search(r"[^\W_]|\\[A-Za-z]", cleaned):
@@ -127,7 +127,7 @@ def _after(text: str, hit: re.Match[str]) -> tuple[str | None, bool]:
     if _REMARK.match(found):
         return found, False
     heading = marker.startswith("#") and bool(_ENUMERATED.match(window) or _HEADING.match(found.lstrip("* ")))
-    if _is_answer(found):
+    if is_answer(found):
         return found, not heading
     # Words are an answer where nothing comes after them; a heading has a text under it.
     return found, not heading and not re.search(r"\w", rest)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlft import _check
 from rlft.rewards.answers import MAX_CHARS
-from rlft.rewards.extract import extract_answer
+from rlft.rewards.extract import extract_answer, is_answer
 from rlft.rewards.judge import same_text
 from rlft.rewards.text import completion_text
 from rlft.rewards.verifiers import MARKERS, patterns, reference_text
@@ -96,6 +96,8 @@ class MathVerifyReward:
             return False
         if same_text(found, expected):
             return True
+        if extract_answer(completion, self._markers, fallback="none") is None and not is_answer(found):
+            return False  # in a text without an answer the library would take any number
         import math_verify  # pyright: ignore[reportMissingImports]
 
         alarm = self.timeout if threading.current_thread() is threading.main_thread() else None
@@ -111,5 +113,5 @@ class MathVerifyReward:
 
 def _as_formula(text: str) -> str:
     """Between dollar signs, where the library looks for LaTeX."""
-    text = re.sub(r"^\s*\$+|\$+\s*$", "", text)
+    text = re.sub(r"^\s*\$+|\$+\s*$", "", text.replace(r"\$", ""))
     return text if "$" in text else f"${text.strip()}$"
