@@ -130,7 +130,20 @@ def test_several_numbers(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["(1, x)", "(1, 2", "1, 2)", "(1,,2)", "(,)", "((((((1, 2), 3), 4), 5), 6), 7)", "1," * 100]
+    "text",
+    [
+        "(1, x)",
+        "(1, 2",
+        "1, 2)",
+        "(1,,2)",
+        "x=3, y=2",
+        "a=5 or a=-2",
+        "2x=6",
+        "x + y = 5",
+        "(,)",
+        "((((((1, 2), 3), 4), 5), 6), 7)",
+        "1," * 100,
+    ],
 )
 def test_broken_lists(text):
     assert parse_answer(text) is None

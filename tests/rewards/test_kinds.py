@@ -13,6 +13,18 @@ from rlft.rewards import ExactMatch, MathVerifier, completion_text
 from rlft.rewards.judge import judge
 
 SAME = [
+    ("10\\pi\\text{ cm}^2", "10\\pi"),
+    ("2\\text{ feet } 3\\text{ inches}", "27\\text{ inches}"),
+    ("1\\text{ hour } 30\\text{ minutes}", "90\\text{ minutes}"),
+    ("12\\text{ square units}", "12"),
+    ("x=1,000", "1000"),
+    ("1,000, 2,000", "1000, 2000"),
+    ("\\frac35 \\approx 0.6", "\\frac{3}{5}"),
+    ("10:00\\text{ a.m.}", "10:00\\text{ AM}"),
+    ("4:6", "2:3"),
+    ("f^\\prime", "f'"),
+    ("4\\frac23", "14/3"),
+    ("(A), (C)", "A, C"),
     ("x=1,y=2", "y=2, x=1"),
     ("1, 2", "x=1, y=2"),
     ("(1, 2)", "x=1, y=2"),
@@ -92,6 +104,11 @@ SAME = [
     ("3 — 5i", "3 - 5i"),
 ]
 DIFFERENT = [
+    ("10\\pi\\text{ cm}^2", "10\\pi\\text{ m}^2"),
+    ("10\\pi\\text{ cm}", "12\\pi\\text{ cm}"),
+    ("1\\text{ hour } 30\\text{ minutes}", "90"),
+    ("x=1,000", "1"),
+    ("4:6", "3:2"),
     ("x=1,y=2", "x=2,y=1"),
     ("(x,y)=(2,1)", "x=1, y=2"),
     ("\\pm 5", "5"),
@@ -159,6 +176,8 @@ DIFFERENT = [
 ]
 #: Equal, but only sympy can tell: without it such answers are unscored or 0.
 BY_SYMPY = [
+    ("2\\sqrt{2}\\text{ cm}", "\\sqrt{8}\\text{ cm}"),
+    ("(-\\infty, \\sqrt{8})", "x < 2\\sqrt{2}"),
     ("x=\\sqrt{2}, y=1", "x=2^{1/2}, y=1"),
     ("x = 3", "2x = 6"),
     ("x \\le \\sqrt{8}", "x \\leq 2\\sqrt{2}"),

@@ -82,3 +82,5 @@ def test_the_real_library():
     pytest.importorskip("math_verify")
     completions = [r"\boxed{\sqrt{8}}", r"\boxed{3}", r"<answer>\frac{4}{\sqrt{2}}</answer>"]
     assert MathVerifyReward()(completions, answer=[r"2\sqrt{2}"] * 3) == [1.0, 0.0, 1.0]
+    prose = ["I cannot. 5 is in the question.", r"\boxed{\$5}", "10/2"]
+    assert MathVerifyReward()(prose, answer=["5"] * 3) == [0.0, 1.0, 1.0]

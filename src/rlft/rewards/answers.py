@@ -209,6 +209,7 @@ def read_number(text: str, *, percent: bool) -> Number | None:
 
 # -- several numbers --------------------------------------------------------------------------------------------------
 _CLOSING = {"(": ")]", "[": "])", "{": "}"}
+_SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
 _AND = re.compile(r"\s+(?:and|or)\s+")
 
 
@@ -296,6 +297,8 @@ def parse_answer(text: str, *, percent_is_ratio: bool = True) -> Answer | None:
     if len(cleaned) > 2 * MAX_CHARS:
         return None
     if "=" in cleaned:
+        if sum("=" in part for part in _SEVERAL.split(cleaned)) > 1:
+            return None
         found = named(cleaned)
         if found is None:
             return None

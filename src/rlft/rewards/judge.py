@@ -12,6 +12,7 @@ from rlft.rewards.answers import MAX_CHARS, same_answer
 from rlft.rewards.cleaning import clean, text_form
 from rlft.rewards.names import names_agree
 from rlft.rewards.reading import Group, Leaf, Named, Node, Relation, read, readable
+from rlft.rewards.units import agree
 
 __all__ = ["judge", "same_text"]
 
@@ -62,11 +63,13 @@ def judge(
         return None
     if left is not None:
         verdict = _same_parts(left, right, _Rules(tolerance))
-        if verdict is None and symbolic is not None and not (isinstance(left, Leaf) and isinstance(right, Leaf)):
+        alone = all(isinstance(node, Leaf) and node.unit is None for node in (left, right))
+        if verdict is None and symbolic is not None and not alone:
             verdict = _same_parts(left, right, _Rules(tolerance, symbolic))
         if verdict is not None:
             return verdict
-        if symbolic is not None and (_words_only(left) or not _words_only(right)):
+        measured = any(isinstance(node, Leaf) and node.unit is not None for node in (left, right))
+        if symbolic is not None and not measured and (_words_only(left) or not _words_only(right)):
             return symbolic(found, expected)
     if isinstance(left, Leaf) and isinstance(right, Leaf) and left.letter and right.letter:
         return None  # a and A
@@ -128,6 +131,8 @@ def _relations(left: Node, right: Node, rules: _Rules) -> bool | None:
 
 
 def _leaves(left: Leaf, right: Leaf, rules: _Rules) -> bool | None:
+    if left.unit is not None or right.unit is not None:
+        return _measured(left, right, rules)
     if left.form == right.form:
         return True
     if left.number is not None and right.number is not None:
@@ -144,6 +149,19 @@ def _leaves(left: Leaf, right: Leaf, rules: _Rules) -> bool | None:
         return left.infinity == right.infinity if left.known and right.known else None
     if left.based or right.based:
         return left.based == right.based if left.known and right.known else None
+    return rules.asked(left.form, right.form)
+
+
+def _measured(left: Leaf, right: Leaf, rules: _Rules) -> bool | None:
+    """Formulas with units: the units must agree; those of another size are left open."""
+    units = [leaf.unit or (leaf.number.unit if leaf.number else None) for leaf in (left, right)]
+    sizes = agree(*units)
+    if sizes is None:
+        return False
+    if sizes[0] != sizes[1]:
+        return False if left.form == right.form else None
+    if left.form == right.form:
+        return True
     return rules.asked(left.form, right.form)
 
 

@@ -14,6 +14,7 @@ from fractions import Fraction
 from rlft.rewards.answers import MAX_CHARS, MAX_ITEMS, Number, read_number
 from rlft.rewards.cleaning import clean, text_form
 from rlft.rewards.names import NAME, named, top_level
+from rlft.rewards.units import Unit, read_unit
 
 __all__ = ["Group", "Leaf", "Named", "Node", "Relation", "read", "readable"]
 
@@ -36,6 +37,8 @@ class Leaf:
     words: tuple[str, ...] = ()
     based: tuple[str, str] | None = None
     """Digits and base of ``52_8``."""
+    unit: Unit | None = None
+    """What a formula is measured in (``10\\pi cm``); a number has its own."""
 
     @property
     def known(self) -> bool:
@@ -71,7 +74,8 @@ class Group:
 
 Node = Leaf | Named | Relation | Group
 
-_LIST = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or|And|Or|OR|AND)(?![A-Za-z])")
+# A comma before three digits is one of thousands, as in a number alone.
+_LIST = re.compile(r";|(?<![0-9]),|,(?![0-9]{3}(?![0-9]))|(?<![A-Za-z\\])(?:and|or|And|Or|OR|AND)(?![A-Za-z])")
 _UNION = re.compile(r"\\cup(?![A-Za-z])|(?<=[)\]}]) ?U ?(?=[(\[{\\])")
 _OPERATORS = re.compile(r"\\(?:leq|geq|neq|in|approx|equiv|subset|subseteq|to)(?![A-Za-z])|<|>")
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
@@ -82,6 +86,11 @@ _CHOICE = re.compile(r"(?:\(([A-Ja-j])\)|([A-J])[).:](?= )) ?(?![,;]|and |or )(.
 _BASED = re.compile(r"([0-9A-F]+) ?_ ?(?:\{ ?([a-z0-9]+) ?\}|([0-9]+))")
 _CLOCK = re.compile(r"([0-9]{1,9}) ?: ?([0-9]{1,9})(?: ?: ?([0-9]{1,9}))?( ?[ap]m)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z][A-Za-z' ]{2,40}): ?(?=\S)")
+_COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: [0-9.]+ ?[A-Za-z]+){1,2}")
+_COMPOUND_PART = re.compile(r"[0-9.]+ ?[A-Za-z]+")
+_MEASURED = re.compile(
+    r"([-(0-9\\].*[^ ]) ((?:(?:square|cubic|sq|cu) )?(?:[A-Za-z]{2,}|m)(?: ?\^ ?\{?[23]\}?)?(?: ?/ ?[A-Za-z]+| per [a-z]+)?)"
+)
 _MATRIX = re.compile(r"\\begin ?\{([bpvV]?)matrix\}((?:[^\\]|\\(?!begin))*?)\\end ?\{([bpvV]?)matrix\}", re.DOTALL)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _LONG = re.compile(r"[A-Za-z]{3,}")
@@ -119,7 +128,7 @@ class _Reader:
 
     def node(self, text: str, depth: int) -> Node:
         text = text.strip()
-        number = read_number(text, percent=self.percent)
+        number = read_number(text, percent=self.percent) or _compound(text)
         if number is not None or depth > MAX_DEPTH:
             return Leaf(text_form(text), number=number)
         if _CHOICE.fullmatch(text):
@@ -207,6 +216,8 @@ class _Reader:
                 return Named(text_form(sides[1]), Group(ends, _interval(low, high)))
             return Relation(f"{low} {high}", Leaf(text_form(f"{left};{sides[1]}")), self.leaf(right))
         (operator,) = operators
+        if operator == r"\approx" and not NAME.fullmatch(left):
+            return self.node(left, depth + 1)  # 3/5, which is about 0.6
         if operator in (r"\in", r"\approx") and NAME.fullmatch(left):
             return _name(text_form(left), self.node(right, depth + 1))
         if operator in _FLIPPED and NAME.fullmatch(right) and not NAME.fullmatch(left):
@@ -258,10 +269,26 @@ class _Reader:
             return Leaf(form, letter=match.group(1) or match.group(2), dressed=True, rest=match.group(3))
         if match := _BASED.fullmatch(text):
             return Leaf(form, based=(match.group(1).lstrip("0"), match.group(2) or match.group(3)))
+        if match := _MEASURED.fullmatch(text):
+            unit = read_unit(f" {match.group(2)}")
+            if unit is not None and unit.powers:
+                return Leaf(text_form(match.group(1)), unit=unit)
         if _WORDS.fullmatch(text) and (text.lower() == "no" or _is_prose(text)):
             words = tuple(word for word in text.casefold().replace("-", " ").split() if word not in _ARTICLES)
             return Leaf(form, words=words)
         return Leaf(form)
+
+
+def _compound(text: str) -> Number | None:
+    """``1 hour 30 minutes``, in the base unit."""
+    if not _COMPOUND.fullmatch(text):
+        return None
+    parts = [read_number(part, percent=False) for part in _COMPOUND_PART.findall(text)]
+    units = [part.unit for part in parts if part is not None and part.unit is not None]
+    if len(units) != len(parts) or len({(unit.powers, unit.nouns) for unit in units}) > 1 or not units[0].powers:
+        return None
+    total = sum((part.value * unit.size for part, unit in zip(parts, units, strict=True) if part), Fraction(0))
+    return Number(total, unit=Unit(Fraction(1), units[0].powers))
 
 
 def _is_prose(text: str) -> bool:

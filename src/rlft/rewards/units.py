@@ -120,6 +120,9 @@ def read_unit(text: str) -> Unit | None:
             raised *= sign * power_before
         sign, power_before = 1, 1
         if known is None:
+            if lower in ("unit", "units"):
+                nouns.add("unit")  # of whatever power
+                continue
             noun = None if touches else _noun(word)
             if noun is None or raised not in (1, -1):
                 return None
