@@ -7,6 +7,7 @@ folder that holds ``gsm8k/test.jsonl``; without it those columns are left out.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -54,6 +55,7 @@ def gsm8k(answers: list[str], *, boxed: bool) -> Iterator[dict[str, Any]]:
                     yield {"reference": answer, "completion": form.replace("%s", number), "right": right}
 
 
+@functools.cache  # the process of sympy lives as long as its verifier
 def verifiers() -> dict[str, Score]:
     """What is installed here, under the names of the table."""
     symbolic = MathVerifier(symbolic=True)
