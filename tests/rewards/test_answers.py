@@ -73,6 +73,18 @@ NUMBERS = {
     "(5)": F(5),
     r"\left( 5 \right)": F(5),
     "5;": F(5),
+    "٣": F(3),  # digits and dashes of other alphabets
+    "१२": F(12),
+    "５": F(5),
+    "–5": F(-5),
+    "‑5": F(-5),
+    "١٢٫٥": F(25, 2),
+    r"0.\overline{3}": F(1, 3),
+    r"1.2\overline{45}": F(1233, 990),
+    "72 (seventy-two)": F(72),
+    r"\$5": F(5),
+    "$5": F(5),
+    "$5 per hour": F(5),
 }
 
 
@@ -84,7 +96,7 @@ def test_numbers(text):
 
 
 NOT_NUMBERS = """2x|2 pi|2\\pi|\\sqrt{2}|2\\sqrt{3}|x|2^10|9^9^9|5!|1/0|\\frac{1}{0}|1/2/3|3.14.15|--5|+-5|-|+|.|,|1,23|5 or more|
-5 squared|5²|٣|๓|0x10|1_000|inf|nan|infinity|1e|1e5.5|1e999999999|1e-999999999|10^9999999|2 + 3|3-5|1 : 2|5\x00|\x00|5 5 5|
+5 squared|5²|0x10|1_000|inf|nan|infinity|1e|1e5.5|1e999999999|1e-999999999|10^9999999|2 + 3|3-5|1 : 2|5\x00|\x00|5 5 5|
 __import__('os').getpid()|5; import os|\\frac{1}|\\frac|{|}|{}|()|(|)|\\boxed{5}|∞|½½|5 i|5i|3 and|e|5 less|12 3""".replace(
     "\n", ""
 ).split("|")
@@ -118,7 +130,20 @@ def test_several_numbers(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["(1, x)", "(1, 2", "1, 2)", "(1,,2)", "(,)", "((((((1, 2), 3), 4), 5), 6), 7)", "1," * 100]
+    "text",
+    [
+        "(1, x)",
+        "(1, 2",
+        "1, 2)",
+        "(1,,2)",
+        "x=3, y=2",
+        "a=5 or a=-2",
+        "2x=6",
+        "x + y = 5",
+        "(,)",
+        "((((((1, 2), 3), 4), 5), 6), 7)",
+        "1," * 100,
+    ],
 )
 def test_broken_lists(text):
     assert parse_answer(text) is None

@@ -15,6 +15,8 @@ def test_a_callable_is_returned():
 
 @pytest.mark.parametrize("name", sorted(set(BUILTIN_REWARDS) - {"regex"}))
 def test_every_name_gives_a_working_reward(name):
+    if name == "math_verify":
+        pytest.importorskip("math_verify")
     reward = load_reward(name)
     columns = {"answer": ["5", "5"], "numbers": [[1.0], [1.0]]}
     output = RewardSet(reward)(["p", "p"], ["#### 5", "x"], [[1], [2]], columns)

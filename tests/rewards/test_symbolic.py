@@ -61,8 +61,8 @@ def test_reading(text, tree):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "2 3", "2 +", "(", "(2", "2)", "{2", r"\frac{1}", "x^", "^2", "=", "1=2=3", r"\unknown{2}", r"\pm 2", "east",
-     "seat", "__import__('os').getpid()", "x.__class__", "lambda: 0", "x'y", "x;y", "x@y", "x\x00", "²", "٣", "x_{a+b}", "\\",
+    ["", " ", "2 3", "2 +", "(", "(2", "2)", "{2", r"\frac{1}", "x^", "^2", "=", "1=2=3", r"\unknown{2}", r"\pm 2 \pm 3", "east",
+     "seat", "__import__('os').getpid()", "x.__class__", "lambda: 0", "x'y", "x;y", "x@y", "x\x00", "²", "x_{a+b}", "\\",
      "(" * 41 + "x" + ")" * 41, "9" * 301, "x+" * 201 + "x", "x" + " " * MAX_BYTES],
 )  # fmt: skip
 def test_what_is_outside_the_grammar(text):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from rlft.rewards.answers import parse_answer
 from rlft.rewards.load import BUILTIN_REWARDS, load_reward
+from rlft.rewards.math_library import MathVerifyReward
 from rlft.rewards.reward_set import RewardError, RewardFunction, RewardOutput, RewardSet
 from rlft.rewards.shaping import LengthReward, RegexReward, RepetitionPenalty, SoftOverlong, TagFormat
 from rlft.rewards.symbolic import SymbolicChecker
@@ -20,6 +21,7 @@ __all__ = [
     "ExactMatch",
     "LengthReward",
     "MathVerifier",
+    "MathVerifyReward",
     "RegexReward",
     "RepetitionPenalty",
     "RewardError",

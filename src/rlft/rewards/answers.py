@@ -11,7 +11,21 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["MAX_CHARS", "Answer", "Items", "Number", "clean", "extract_answer", "parse_answer", "same_answer"]
+from rlft.rewards.cleaning import clean
+from rlft.rewards.names import named
+from rlft.rewards.units import Unit, agree, read_unit
+
+__all__ = [
+    "MAX_CHARS",
+    "MAX_DIGITS",
+    "MAX_ITEMS",
+    "Answer",
+    "Items",
+    "Number",
+    "parse_answer",
+    "read_number",
+    "same_answer",
+]
 
 MAX_CHARS = 1000
 """An answer longer than this is not read."""
@@ -25,10 +39,11 @@ MAX_DEPTH = 4
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """An exact value, and whether it was written as a decimal (and so may be a rounded one)."""
+    """An exact value, whether it was written as a decimal (and so may be a rounded one), and the unit it was given in."""
 
     value: Fraction
     decimal: bool = False
+    unit: Unit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,58 +59,13 @@ class Items:
 
 Answer = Number | Items
 
-# -- cleaning ---------------------------------------------------------------------------------------------------------
-_CHARACTERS = str.maketrans(
-    {
-        "\u2212": "-",  # minus sign
-        "\u00a0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
-        "\u2044": "/",
-        "\u00d7": r"\times ",
-        "\u00b7": r"\times ",
-        "\u00b0": " degrees ",
-        "\u00bd": r" \frac{1}{2}",
-        "\u00bc": r" \frac{1}{4}",
-        "\u00be": r" \frac{3}{4}",
-        "\u2153": r" \frac{1}{3}",
-        "\u2154": r" \frac{2}{3}",
-        "\u20ac": "",
-        "\u00a3": "",
-        "\u00a5": "",
-    }
-)
-# Order matters: an escaped dollar goes before bare ones, a thousands comma before the spacing command within it.
-_REWRITES = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\s+", " "),  # also keeps the patterns below linear: no two of them can share a long run of spaces
-        (r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9])", ""),
-        (r"\\[,;:>]|\\ |~|\\q?quad(?![A-Za-z])", " "),
-        (r"\\!|\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr)(?![A-Za-z])|\\[()\[\]]", ""),
-        (r"\\?\$", ""),
-        (r"\\%", "%"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\cdot(?![A-Za-z])|\*(?!\*)", r"\\times "),
-        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree", " degrees "),
-        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    )
-)
-
-
-def clean(text: str) -> str:
-    """Without markup that does not change the value: spacing commands, dollar signs, text boxes, bold, a final full stop."""
-    text = text.strip().strip("*_`\"'").translate(_CHARACTERS)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    return text.strip().strip("*_`\"'").strip().rstrip(".,;:").strip()
-
-
 # -- one number -------------------------------------------------------------------------------------------------------
 _PLAIN = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _GROUPED = r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?:\.[0-9]+)?"
 _SIGN = re.compile(r"\s*([+-]?)\s*")
-_MIXED = re.compile(r"([0-9]+)\s*(?:\s([0-9]+)\s*/\s*([0-9]+)|\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})")
+_MIXED = re.compile(
+    r"([0-9]+)\s*(?:\s([0-9]+)\s*/\s*([0-9]+)|\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\\frac ?([0-9]) ?([0-9])(?![0-9]))"
+)
 _FRAC = re.compile(
     rf"\\frac\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|\s()([0-9])|()([0-9]))"
     rf"\s*(?:\{{\s*([+-]?)\s*({_PLAIN})\s*\}}|()([0-9]))"
@@ -108,19 +78,9 @@ _TEN_TO = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+))")
 _SCALE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen)(?![A-Za-z])", re.IGNORECASE)
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _PERCENT = re.compile(r"\s*(?:%|percent(?![A-Za-z])|per cent(?![A-Za-z]))", re.IGNORECASE)
-_WORD = re.compile(r"(\s*)(/?)\s*([A-Za-z]+)(?: ?\^ ?\{?-?[0-9]\}?|[\u00b2\u00b3])?")
-
-_UNITS = frozenset(
-    "mm cm dm m km in ft yd mi g mg kg t lb lbs oz s sec min h hr hrs ms l L ml mL cl dl gal mph kmh kph rpm "
-    "Hz N J W kW V A C F K Pa mol deg rad USD EUR GBP am pm".split()
-)
-# Words that change what a number means, so a number before them is not the whole answer.
-_NOT_UNITS = frozenset(
-    "pi e i sqrt root log ln exp sin cos tan sec csc cot mod div plus minus times over choose factorial squared cubed "
-    "inf infty infinity or and to is are was be not no more less fewer than at by of if for but either half third "
-    "quarter fifth hundredth thousandth".split()
-)
-_MAX_UNIT_WORDS = 8
+_CURRENCY = re.compile(r"(?:US ?)?(USD|EUR|GBP|JPY|INR) ?([+-]?) ?(?=[.0-9])")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))")
+_REMARK = re.compile(r" \(([A-Za-z][A-Za-z' -]*)\)$")
 
 
 def _digits(text: str) -> Fraction | None:
@@ -139,9 +99,12 @@ def _power(text: str) -> Fraction | None:
 
 def _unsigned(text: str, start: int) -> tuple[Number, int] | None:
     """The longest number that starts at ``start`` (no sign), and where it ends."""
+    if match := _REPEATING.match(text, start):
+        value = _repeating(match)
+        return None if value is None else (Number(value), match.end())
     if match := _MIXED.match(text, start):
-        whole, *parts = (match.group(k) for k in range(1, 6))
-        top, bottom = parts[:2] if parts[0] is not None else parts[2:]
+        whole, *parts = match.groups()
+        top, bottom = (part for part in parts if part is not None)
         found = _divide(_digits(top), _digits(bottom))
         base = _digits(whole)
         return None if found is None or base is None else (Number(base + found), match.end())
@@ -182,28 +145,50 @@ def _divide(top: Fraction | None, bottom: Fraction | None) -> Fraction | None:
     return None if top is None or bottom is None or bottom == 0 else top / bottom
 
 
-def _only_units(rest: str) -> bool:
-    """Whether ``rest`` is nothing but units ("cm", " km/h", " square feet"): the number before is the answer."""
-    position = words = 0
-    while position < len(rest):
-        match = _WORD.match(rest, position)
-        if match is None:
-            return not rest[position:].strip()
-        space, slash, word = match.groups()
-        known = word in _UNITS
-        if not known and (word.lower() in _NOT_UNITS or not 2 <= len(word) <= 20 or not (space or slash)):
-            return False
-        words += 1
-        if words > _MAX_UNIT_WORDS:
-            return False
-        position = match.end()
-    return True
+def _repeating(match: re.Match[str]) -> Fraction | None:
+    r"""``0.1\overline{6}``: the digits under the bar are that many nines of the last place."""
+    whole, fixed, bar = match.group(1), match.group(2), match.group(3) or match.group(4)
+    if len(whole) + len(fixed) + len(bar) > MAX_DIGITS:
+        return None
+    head = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
+    return head + Fraction(int(bar), (10 ** len(bar) - 1) * 10 ** len(fixed))
 
 
-def _number(text: str, *, percent: bool) -> Number | None:
+def _remark(text: str) -> tuple[str, Unit | None]:
+    """The text without words in brackets at its end, and the unit that they name: "72 (seventy-two)", "5 (cm)"."""
+    match = _REMARK.search(text)
+    if match is None:
+        return text, None
+    said = match.group(1).replace("-", " ")
+    unit = read_unit(" " + said)
+    if unit is not None and unit.powers:
+        return text[: match.start()], unit
+    if (_NUMERAL.search(said) and not _SCALE_WORD.search(said)) or (unit is not None and said.islower()):
+        return text[: match.start()], None
+    return text, None
+
+
+_NUMERAL = re.compile(
+    r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty"
+    r"|seventy|eighty|ninety|hundred|thousand|million|billion|exact|exactly|rounded|approx|approximately|answer)\b"
+)
+_SCALE_WORD = re.compile(r"(?i)^(?:in )?(?:hundred|thousand|million|billion|trillion|dozen|negative|minus|half)s?$")
+
+
+def read_number(text: str, *, percent: bool) -> Number | None:
+    """One number and its unit, from cleaned text; None where anything else is beside them."""
+    text, said = _remark(text) if text.endswith(")") else (text, None)
     sign = _SIGN.match(text)
     assert sign is not None
-    found = _unsigned(text, sign.end())
+    start, negative = sign.end(), sign.group(1) == "-"
+    money = None
+    if currency := _CURRENCY.match(text, start):
+        money, start = read_unit(" " + currency.group(1)), currency.end()
+        if currency.group(2):
+            if sign.group(1):
+                return None
+            negative = currency.group(2) == "-"
+    found = _unsigned(text, start)
     if found is None:
         return None
     number, position = found
@@ -212,13 +197,19 @@ def _number(text: str, *, percent: bool) -> Number | None:
         value, position = value * _SCALES[match.group(1).lower()], match.end()
     if match := _PERCENT.match(text, position):
         value, position = value / 100 if percent else value, match.end()
-    if not _only_units(text[position:]):
-        return None
-    return Number(-value if sign.group(1) == "-" else value, decimal)
+    unit = money or said
+    if rest := text[position:].rstrip():
+        unit = read_unit(rest)
+        if currency and unit != money:
+            unit = read_unit(f" {currency.group(1)} {rest.lstrip()}")  # "$5 per hour"
+        if unit is None:
+            return None
+    return Number(-value if negative else value, decimal, unit)
 
 
 # -- several numbers --------------------------------------------------------------------------------------------------
 _CLOSING = {"(": ")]", "[": "])", "{": "}"}
+_SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
 _AND = re.compile(r"\s+(?:and|or)\s+")
 
 
@@ -254,7 +245,7 @@ def _answer(text: str, *, depth: int, percent: bool) -> Answer | None:
     text = text.strip()
     if not text or depth > MAX_DEPTH:
         return None
-    found = _number(text, percent=percent)
+    found = read_number(text, percent=percent)
     if found is not None:
         return found
     is_set = text.startswith("\\{") and text.endswith("\\}")
@@ -285,11 +276,13 @@ def _items(text: str, *, depth: int, percent: bool, skip_empty: bool = False) ->
 def parse_answer(text: str, *, percent_is_ratio: bool = True) -> Answer | None:
     r"""Read an answer; None when it is in no notation known here.
 
-    Known: integers, decimals, ``a/b``, ``\frac{a}{b}``, mixed numbers (``1 1/2``), thousands separators (comma, space,
-    ``{,}``), scientific notation (``1.5e3``, ``1.5 \times 10^3``), signs, percent, ``3 million``, units and currency
-    signs around a number, and tuples, lists and sets of these. What stands before the last ``=`` is dropped
-    (``x = 5``). ``2x``, ``\sqrt{2}``, ``2\pi`` and ``2^10`` are None: they are not numbers as written here. In a
-    bracket a comma always separates; outside, ``1,234`` is a thousand and more, ``1, 2`` two answers.
+    Known: integers, decimals, ``a/b``, ``\frac{a}{b}``, mixed numbers (``1 1/2``), repeating decimals
+    (``0.\overline{3}``), thousands separators (comma, space, ``{,}``), scientific notation (``1.5e3``,
+    ``1.5 \times 10^3``), signs, percent, ``3 million``, units and currency signs around a number, digits of other
+    alphabets, and tuples, lists and sets of these. The name before ``=`` is dropped (``x = 5``), and so is a sum
+    (``2 + 3 = 5``); an equation (``2x = 6``) and several (``x=3, y=2``) are None. ``2x``, ``16t``, ``\sqrt{2}``,
+    ``2\pi`` and ``2^10`` are None: they are not numbers as written here. In a bracket a comma always separates;
+    outside, ``1,234`` is a thousand and more, ``1, 2`` two answers.
 
     Args:
         text: the answer alone, at most ``MAX_CHARS`` characters.
@@ -304,12 +297,17 @@ def parse_answer(text: str, *, percent_is_ratio: bool = True) -> Answer | None:
     if len(cleaned) > 2 * MAX_CHARS:
         return None
     if "=" in cleaned:
-        cleaned = cleaned.rsplit("=", 1)[1]
+        if sum("=" in part for part in _SEVERAL.split(cleaned)) > 1:
+            return None
+        found = named(cleaned)
+        if found is None:
+            return None
+        cleaned = found[1]
     return _answer(cleaned, depth=0, percent=percent_is_ratio)
 
 
 def same_answer(found: Answer, expected: Answer, *, tolerance: float = 0.0) -> bool:
-    """Whether two answers are equal.
+    """Whether two answers are equal. Units of one kind are converted; a side without a unit means the other's.
 
     Args:
         found: the answer to judge.
@@ -318,77 +316,28 @@ def same_answer(found: Answer, expected: Answer, *, tolerance: float = 0.0) -> b
             0.333 may pass for 1/3 while 7/2 never passes for 10/3. 0 compares exactly.
     """
     if isinstance(found, Number) and isinstance(expected, Number):
-        if found.value == expected.value:
+        sizes = agree(found.unit, expected.unit)
+        if sizes is None:
+            return False
+        left, right = found.value * sizes[0], expected.value * sizes[1]
+        if left == right:
             return True
-        close = abs(found.value - expected.value) <= Fraction(tolerance) * abs(expected.value)
+        close = abs(left - right) <= Fraction(tolerance) * abs(right)
         return close and (found.decimal or expected.decimal)
-    if not isinstance(found, Items) or not isinstance(expected, Items) or found.brackets != expected.brackets:
+    if not isinstance(found, Items) or not isinstance(expected, Items):
+        return False
+    loose = ("", "{}")
+    if found.brackets != expected.brackets and not (found.brackets in loose and expected.brackets in loose):
         return False
     if len(found.items) != len(expected.items):
         return False
-    if found.brackets not in ("", "{}"):
+    if found.brackets not in loose:
         pairs = zip(found.items, expected.items, strict=True)
         return all(same_answer(a, b, tolerance=tolerance) for a, b in pairs)
-    left = list(expected.items)
+    rest = list(expected.items)
     for item in found.items:
-        match = next((k for k, other in enumerate(left) if same_answer(item, other, tolerance=tolerance)), None)
+        match = next((k for k, other in enumerate(rest) if same_answer(item, other, tolerance=tolerance)), None)
         if match is None:
             return False
-        del left[match]
+        del rest[match]
     return True
-
-
-# -- finding the answer in a completion -------------------------------------------------------------------------------
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_LAST_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?%?")
-_TAIL = 4 * MAX_CHARS
-
-
-def _braced(text: str, start: int) -> str | None:
-    """What ``{...}`` at ``start`` (spaces allowed) encloses, braces within balanced; None if it does not close soon."""
-    window = text[start : start + MAX_CHARS + 16]
-    opened = len(window) - len(window.lstrip())
-    if window[opened : opened + 1] != "{":
-        return None
-    depth = 0
-    for position in range(opened, len(window)):
-        depth += (window[position] == "{") - (window[position] == "}")
-        if depth == 0:
-            return window[opened + 1 : position]
-    return None
-
-
-def _last(text: str, marker: re.Pattern[str]) -> re.Match[str] | None:
-    found = None
-    for found in marker.finditer(text):  # noqa: B007 - the last one is wanted
-        pass
-    return found
-
-
-def extract_answer(text: str, markers: tuple[re.Pattern[str], ...], *, fallback: str = "whole") -> str | None:
-    r"""The text of the final answer in a completion: what follows the marker that comes last.
-
-    Args:
-        text: the completion.
-        markers: compiled literals; after one that ends in ``\boxed`` the answer is what the braces enclose, after any
-            other it runs to the end of the sentence or line.
-        fallback: without a marker: ``"none"``, ``"whole"`` (the whole text, if short enough to be an answer alone) or
-            ``"last_number"`` (the last number in the last 4,000 characters).
-
-    Returns:
-        The answer's text, or None. Never raises, and takes time linear in the text.
-    """
-    hits = [hit for hit in (_last(text, marker) for marker in markers) if hit is not None]
-    if hits:
-        hit = max(hits, key=lambda match: match.end())
-        if hit.group().lower().endswith(r"\boxed"):
-            return _braced(text, hit.end())
-        window = text[hit.end() : hit.end() + 2 * MAX_CHARS].lstrip().lstrip(":*_ ").lstrip()
-        end = _SENTENCE_END.search(window)
-        return window[: end.start()] if end else window
-    if fallback == "whole":
-        return text if len(text) <= MAX_CHARS else None
-    if fallback == "last_number":
-        last = _last(text[-_TAIL:], _LAST_NUMBER)
-        return last.group() if last else None
-    return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlft.rewards.answers import MAX_DIGITS, clean
+from rlft.rewards.answers import MAX_DIGITS
+from rlft.rewards.cleaning import clean
 
 __all__ = ["MAX_BYTES", "Tree", "parse_expression"]
 
@@ -38,15 +39,16 @@ class _Unreadable(Exception):
     """The text is outside the grammar."""
 
 
-def parse_expression(text: str) -> Tree | None:
+def parse_expression(text: str, *, names: bool = False) -> Tree | None:
     r"""The expression tree of an answer; None where it is outside the grammar.
 
     Numbers, one-letter and Greek symbols (with a subscript), ``+ - * / ^ !``, implied multiplication, ``\frac``,
-    ``\sqrt[n]{}``, ``|x|``, the usual functions, ``\pi``, ``\infty``, ``e``, ``i``; tuples, intervals, sets, lists and one
-    equation sign.
+    ``\sqrt[n]{}``, ``|x|``, the usual functions, ``\pi``, ``\infty``, ``e``, ``i``; tuples, intervals, sets, lists (also
+    with "or" and one ``\pm``) and one equation sign.
 
     Args:
         text: at most 1,024 bytes.
+        names: keep the name in ``x = 5`` (``["eq", x, 5]``). Without it the value alone is returned, in a list too.
 
     Returns:
         A tree, or None. Never raises.
@@ -54,9 +56,22 @@ def parse_expression(text: str) -> Tree | None:
     if not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return None
     try:
-        return _Reader(_tokens(clean(text))).answer()
+        return _Reader(_tokens(_listed(clean(text))), names=names).answer()
     except (_Unreadable, RecursionError):
         return None
+
+
+_OR = re.compile(r"(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])")
+_CURRENCY = re.compile(r"(?<![A-Za-z\\])(?:USD|EUR|GBP|JPY|INR) ?(?=[0-9.(\\])")
+
+
+def _listed(text: str) -> str:
+    r"""With commas for "or" and both values of ``\pm``; without currency signs."""
+    text = _CURRENCY.sub("", _OR.sub(",", text))
+    if text.count(r"\pm") != 1 or "," in text:
+        return text
+    before, _, after = text.partition(r"\pm")
+    return f"{before}+{after},{before}-{after}"
 
 
 def _tokens(text: str) -> list[str]:
@@ -88,8 +103,8 @@ def _tokens(text: str) -> list[str]:
 class _Reader:
     """Recursive descent over the tokens; every method consumes what it returns a tree for."""
 
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens, self.position, self.depth = tokens, 0, 0
+    def __init__(self, tokens: list[str], *, names: bool = False) -> None:
+        self.tokens, self.position, self.depth, self.names = tokens, 0, 0, names
 
     def peek(self) -> str:
         return self.tokens[self.position] if self.position < len(self.tokens) else ""
@@ -116,7 +131,7 @@ class _Reader:
             return left
         self.take()
         right = self.expression()
-        return right if left[0] == "sym" else ["eq", left, right]
+        return right if left[0] == "sym" and not self.names else ["eq", left, right]
 
     def expression(self) -> Tree:
         self.depth += 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft import _check
+from rlft.rewards.math_library import MathVerifyReward
 from rlft.rewards.shaping import LengthReward, RegexReward, RepetitionPenalty, SoftOverlong, TagFormat
 from rlft.rewards.verifiers import EquationVerifier, ExactMatch, MathVerifier
 
@@ -22,6 +23,7 @@ BUILTIN_REWARDS: dict[str, Callable[..., Any]] = {
     "format": TagFormat,
     "length": LengthReward,
     "math": MathVerifier,
+    "math_verify": MathVerifyReward,
     "regex": RegexReward,
     "repetition": RepetitionPenalty,
     "soft_overlong": SoftOverlong,
@@ -36,8 +38,8 @@ def load_reward(spec: str | Mapping[str, Any] | Callable[..., Any], **options: A
         spec: one of
 
             * a callable, returned as it is;
-            * a built-in name: ``"math"``, ``"exact_match"``, ``"equation"``, ``"format"``, ``"regex"``, ``"length"``,
-              ``"repetition"``, ``"soft_overlong"``;
+            * a built-in name: ``"math"``, ``"math_verify"``, ``"exact_match"``, ``"equation"``, ``"format"``, ``"regex"``,
+              ``"length"``, ``"repetition"``, ``"soft_overlong"``;
             * a mapping ``{"name": <a name>, **options}``, as YAML gives it;
             * ``"module:function"`` or ``"path/to/file.py:function"``.
         **options: keyword arguments of the built-in's class (``max_length=...``); a mapping's options win.

@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 
 from rlft import _check
-from rlft.rewards.latex import parse_expression
+from rlft.rewards.latex import Tree, parse_expression
 
 __all__ = ["SymbolicChecker"]
 
@@ -73,11 +73,12 @@ class SymbolicChecker:
 
         None also where sympy cannot decide, or not in time.
         """
-        expected, found = parse_expression(reference), parse_expression(answer)
+        expected, found = _read(reference), _read(answer)
         if expected is None:
             return None
         if found is None:
             return False
+        found, expected = _aligned(found, expected)
         if found == expected:
             return True
         question = json.dumps([found, expected])
@@ -178,6 +179,33 @@ class SymbolicChecker:
                     return None
                 line += chunk
         return line.strip()
+
+
+def _read(text: str) -> Tree | None:
+    return parse_expression(text, names=True) if "=" in text else parse_expression(text)
+
+
+def _parts(tree: Tree) -> list[Tree]:
+    return tree[2:] if tree[0] == "items" and tree[1] == "" else [tree]
+
+
+def _aligned(found: Tree, expected: Tree) -> tuple[Tree, Tree]:
+    """Without names where only one side has them: ``x = 5`` for 5, and ``x=1, y=2`` for 1, 2 in that order."""
+    sides = [found, expected]
+    named = [all(part[0] == "eq" and part[1][0] == "sym" for part in _parts(side)) for side in sides]
+    plain = [not any(part[0] == "eq" for part in _parts(side)) for side in sides]
+    for one, other in ((0, 1), (1, 0)):
+        if named[one] and plain[other]:
+            parts = _parts(sides[one])
+            values = [part[2] for part in parts]
+            several = len({str(part[1]) for part in parts}) > 1
+            if len(values) == 1:
+                sides[one] = values[0]
+            else:
+                sides[one] = ["items", "()" if several else "", *values]
+            if several and sides[other][:2] == ["items", ""]:
+                sides[other] = ["items", "()", *sides[other][2:]]
+    return sides[0], sides[1]
 
 
 _living: weakref.WeakSet[SymbolicChecker] = weakref.WeakSet()

@@ -70,9 +70,9 @@ def same(left: Any, right: Any, sympy: Any) -> bool | None:
     if isinstance(left, tuple) or isinstance(right, tuple):
         if not (isinstance(left, tuple) and isinstance(right, tuple)) or left[0] != right[0]:
             return False
-        if left[0] == "eq":  # the same equation, whichever way round
+        if left[0] == "eq":  # the same equation, whichever way round and times any number
             first, second = left[1] - left[2], right[1] - right[2]
-            return any_true(zero(first - second, sympy), zero(first + second, sympy))
+            return any_true(zero(first - second, sympy), zero(first + second, sympy), multiple(first, second, sympy))
         if left[1] != right[1] or len(left[2]) != len(right[2]):
             return False
         if left[1] in ("", "{}"):
@@ -91,6 +91,14 @@ def zero(difference: Any, sympy: Any) -> bool | None:
     if sympy.simplify(difference) == 0:
         return True
     return difference.equals(0)
+
+
+def multiple(first: Any, second: Any, sympy: Any) -> bool:
+    """Whether one is the other times a number: 2x = 10 and x = 5."""
+    if first == 0 or second == 0:
+        return False
+    ratio = sympy.simplify(first / second)
+    return bool(ratio.is_number and ratio.is_finite and ratio.is_nonzero)
 
 
 def unordered(left: list[Any], right: list[Any], sympy: Any) -> bool | None:

@@ -11,8 +11,9 @@ from fractions import Fraction
 from typing import Any
 
 from rlft import _check
-from rlft.rewards.answers import Answer, Number, extract_answer, parse_answer, same_answer
-from rlft.rewards.text import completion_text
+from rlft.rewards.extract import extract_answer, marker_pattern
+from rlft.rewards.judge import judge
+from rlft.rewards.text import as_python, completion_text
 
 __all__ = ["EquationVerifier", "ExactMatch", "MathVerifier"]
 
@@ -24,21 +25,29 @@ FALLBACKS = ("whole", "last_number", "none")
 
 
 class MathVerifier:
-    r"""1 when the final answer of a completion equals the reference, 0 when not, None when the reference is unreadable.
+    r"""1 when the final answer of a completion equals the reference, 0 when not, None when that cannot be told.
 
-    The answer is what follows the last marker ("The final answer is 5.", ``\boxed{5}``, ``#### 5``), read by
-    :func:`rlft.rewards.answers.parse_answer`: numbers, fractions, decimals, percent, units, tuples, as exact
-    fractions. No sympy, no ``eval``; hostile text gives 0, never an error, and takes linear time.
+    The answer is what follows the last marker ("The final answer is 5.", ``\boxed{5}``, ``#### 5``), or what the last
+    ``<answer>`` tags enclose; a marker that no answer follows gives way to the one before. ``\boxed`` stands for
+    ``\fbox`` and ``\boxed 5`` too.
+
+    Text that is the reference's is right. Else both are read by a closed grammar: numbers, fractions, decimals, percent,
+    units, names (``x = 5``), intervals and inequalities, tuples, sets, lists, letters of a choice, words; values are
+    exact fractions. No sympy, no ``eval``; hostile text gives 0, never an error, and takes linear time. Units must agree
+    where both sides have one (60 minutes is an hour), names likewise. None (unscored) is what a formula gets that is
+    written otherwise than the reference (``symbolic`` can compare it), and what may mean two things (``1, 2`` for
+    ``(1, 2)``).
 
     Args:
-        markers: literals that announce an answer, matched in any capitals.
-        fallback: how to read a completion without a marker: ``"whole"`` (the completion is an answer and nothing
-            else), ``"last_number"``, or ``"none"`` (it scores 0).
+        markers: literals that announce an answer, matched in any capitals. The answer after a tag (``<answer>``) ends
+            where the tag is closed. The default markers include ``<answer>``.
+        fallback: how to read a completion without a marker: ``"whole"`` (the completion, or what follows ``</think>``,
+            is an answer and nothing else), ``"last_number"``, or ``"none"`` (it scores 0).
         tolerance: relative; used only where one side was written as a decimal. 0 compares exactly.
         percent_is_ratio: whether ``50%`` is 1/2, or the sign is dropped like a unit (GSM8K references want that).
-        symbolic: asked when one side is no number: True for a :class:`~rlft.rewards.SymbolicChecker` (extra
-            ``rlft[math]``), or any ``(answer, reference) -> bool | None``. False: a reference that is no number is
-            unscorable.
+        symbolic: asked when the grammar does not decide: True for a :class:`~rlft.rewards.SymbolicChecker` (extra
+            ``rlft[math]``), or any ``(answer, reference) -> bool | None``. False: such answers are unscored, or 0 where
+            the reference is a number.
         name: the metric name.
 
     Raises:
@@ -62,7 +71,7 @@ class MathVerifier:
         if not markers and fallback == "none":
             raise ValueError("without markers and with fallback='none' no completion can score; give one of the two")
         _check.number("tolerance", tolerance, low=0.0)
-        self._markers = tuple(re.compile(re.escape(marker), re.IGNORECASE) for marker in markers)
+        self._markers = patterns(markers)
         self.fallback, self.tolerance, self.percent_is_ratio = fallback, tolerance, percent_is_ratio
         self.symbolic: Callable[[str, str], bool | None] | None = symbolic if callable(symbolic) else None
         if symbolic is True:
@@ -83,18 +92,13 @@ class MathVerifier:
             completion: the text of a completion.
             reference: text (a bare answer, or a solution that ends in one) or a number.
         """
-        expected_text, expected = self._reference(reference)
-        if expected_text is None:
+        expected = reference_text(reference, self._markers)
+        if expected is None:
             return None
         answer = self.extract(completion)
-        found = self._parse(answer)
-        if expected is not None and found is not None:
-            return same_answer(found, expected, tolerance=self.tolerance)
-        if self.symbolic is not None and answer is not None:
-            return self.symbolic(answer, expected_text)
-        if self.symbolic is not None or expected is not None:
+        if answer is None:
             return False
-        return None
+        return judge(answer, expected, tolerance=self.tolerance, percent=self.percent_is_ratio, symbolic=self.symbolic)
 
     def __call__(
         self,
@@ -123,25 +127,44 @@ class MathVerifier:
             scores.append(None if correct is None else float(correct))
         return scores
 
-    def _parse(self, text: str | None) -> Answer | None:
-        return None if text is None else parse_answer(text, percent_is_ratio=self.percent_is_ratio)
 
-    def _reference(self, reference: Any) -> tuple[str | None, Answer | None]:
-        if isinstance(reference, (int, float, Fraction, Decimal)) and not isinstance(reference, bool):
-            value = _fraction(reference)
-            return (
-                (None, None) if value is None else (str(value), Number(value, isinstance(reference, (float, Decimal))))
-            )
-        if not isinstance(reference, str):
-            return None, None
-        text = extract_answer(reference, self._markers, fallback="whole")
-        return text, self._parse(text)
+def reference_text(reference: Any, markers: Sequence[re.Pattern[str]]) -> str | None:
+    """The text of a reference's answer, whatever type it came in; None where it has none.
+
+    Args:
+        reference: text (a bare answer, or a solution that ends in one), a number or a truth value, also of numpy or torch.
+        markers: of :func:`rlft.rewards.extract.marker_pattern`.
+    """
+    reference = as_python(reference)
+    if isinstance(reference, bool):
+        return str(reference)
+    if isinstance(reference, (int, float, Fraction, Decimal)):
+        value = _fraction(reference)
+        if value is None:
+            return None
+        # a float is a decimal, and may be a rounded one
+        return _decimal(reference) if isinstance(reference, (float, Decimal)) else str(value)
+    if not isinstance(reference, str) or not reference.strip():
+        return None
+    return extract_answer(reference, markers, fallback="whole")
+
+
+def patterns(markers: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    """What finds the markers. The recorded default cannot grow; who names markers gets those and no others."""
+    return tuple(
+        marker_pattern(marker) for marker in ((*markers, "<answer>") if tuple(markers) == MARKERS else markers)
+    )
+
+
+def _decimal(number: float | Decimal) -> str:
+    text = f"{number:f}" if isinstance(number, Decimal) else repr(float(number))
+    return text if "." in text or "e" in text else f"{text}.0"
 
 
 def _fraction(number: Any) -> Fraction | None:
     """The value a number shows when printed: 0.1 is 1/10, not the nearest binary fraction."""
     if isinstance(number, float):
-        return Fraction(repr(number)) if math.isfinite(number) else None
+        return Fraction(repr(float(number))) if math.isfinite(number) else None
     if isinstance(number, Decimal):
         # An exponent of a million would be a million-digit fraction.
         return Fraction(number) if number.is_finite() and abs(number.adjusted()) <= 1000 else None
@@ -205,11 +228,12 @@ class EquationVerifier:
         """Score completions against the columns ``numbers`` (a list per row) and ``answer``."""
         scores: list[float | None] = []
         for completion, values, reference in zip(completions, numbers, answer, strict=True):
+            reference, values = as_python(reference), as_python(values)
             expected = _fraction(reference) if isinstance(reference, (int, float)) else None
             if expected is None or values is None:
                 scores.append(None)
                 continue
-            found = self.evaluate(completion_text(completion), values)
+            found = self.evaluate(completion_text(completion), [as_python(value) for value in values])
             slack = Fraction(self.tolerance) * max(Fraction(1), abs(expected))
             scores.append(float(found is not None and abs(found - expected) <= slack))
         return scores
@@ -226,9 +250,11 @@ _OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 class ExactMatch:
-    """1 when the completion's text is the reference's, 0 when not, None where the reference is None.
+    """1 when the completion's text is the reference's, 0 when not, None where the reference is missing (None or NaN).
 
-    Surrounding whitespace is ignored.
+    Surrounding whitespace is ignored. A reference that is no text, as a CSV file, pandas or numpy give it, has lost how it
+    was written: a truth value is met in any capitals (``true``), a whole number by its digits (``007`` for 7), a float by
+    every plain decimal of its value (``1.10`` for 1.1).
 
     Args:
         column: the dataset column that holds the reference (a string, or a list of strings of which any will do).
@@ -243,6 +269,17 @@ class ExactMatch:
     def _form(self, text: str) -> str:
         return text.strip().casefold() if self.ignore_case else text.strip()
 
+    def _same(self, text: str, reference: Any) -> bool:
+        text, form = self._form(text), self._form(str(reference))
+        if text == form:
+            return True
+        if isinstance(reference, bool):
+            return text.casefold() == form.casefold()
+        if isinstance(reference, (int, float)):
+            pattern = _WHOLE if isinstance(reference, int) else _DECIMAL
+            return len(text) <= 100 and bool(pattern.fullmatch(text)) and Fraction(text) == _fraction(reference)
+        return False
+
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Score completions against the column.
 
@@ -255,10 +292,18 @@ class ExactMatch:
             )
         scores: list[float | None] = []
         for completion, reference in zip(completions, columns[self.column], strict=True):
-            if reference is None:
-                scores.append(None)
-                continue
+            reference = as_python(reference)
             accepted = reference if isinstance(reference, (list, tuple)) else [reference]
-            text = self._form(completion_text(completion))
-            scores.append(float(any(text == self._form(str(item)) for item in accepted)))
+            accepted = [
+                item for item in map(as_python, accepted) if item is not None and item == item
+            ]  # NaN is not itself
+            if not accepted:
+                scores.append(None if not isinstance(reference, (list, tuple)) else 0.0)
+                continue
+            text = completion_text(completion)
+            scores.append(float(any(self._same(text, item) for item in accepted)))
         return scores
+
+
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
