@@ -119,3 +119,16 @@ def test_overrides_are_yaml_values() -> None:
         "c": None,
         "d": True,
     }
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 65, "[" * 5000 + "]" * 5000, "{a: " * 100 + "1" + "}" * 100])
+def test_brackets_that_nest_without_end_are_refused_at_once(text: str, tmp_path: Path) -> None:
+    """PyYAML takes quadratic time over them; a few levels are read."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="brackets nest deeper than 64"):
+        load_config(path)
+    deep = parse_overrides(["a=" + "[" * 60 + "1" + "]" * 60])["a"]
+    for _ in range(60):
+        (deep,) = deep
+    assert deep == 1

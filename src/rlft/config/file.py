@@ -11,6 +11,9 @@ from rlft.config.values import ConfigError
 
 __all__ = ["load_config", "parse_overrides"]
 
+#: Lists and mappings inside each other: no setting needs more than a few, and a parser takes quadratic time over thousands.
+_DEEPEST = 64
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, check.
@@ -80,6 +83,13 @@ def _yaml(text: str, where: str) -> Any:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+    depth = 0
+    for mark in text:
+        depth += (mark in "[{") - (mark in "]}")
+        if depth > _DEEPEST:
+            raise ConfigError(
+                f"{where} is not valid YAML for settings: brackets nest deeper than {_DEEPEST}; close them"
+            )
     try:
         return Strict(text).get_single_data()
     except ConfigError:
