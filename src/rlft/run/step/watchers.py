@@ -85,8 +85,9 @@ class Watchers:
         self.before_update, self.after_update = hooks("before_update"), hooks("after_update")
 
     def add(self, watcher: Watcher, *, first: bool = False) -> None:
-        """Let another one watch from the next step on, before or after the others."""
-        self._set([watcher, *self._listed] if first else [*self._listed, watcher])
+        """Let another one watch from the next step on, before or after the others; it takes the place of one of its kind."""
+        others = [one for one in self._listed if type(one) is not type(watcher)]
+        self._set([watcher, *others] if first else [*others, watcher])
 
     def leave(self) -> None:
         """Those that are done leave."""
